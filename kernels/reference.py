@@ -1,0 +1,100 @@
+"""What each function of this package means, in plain PyTorch, for any dtype up to fp64; and the rule by which an implementation is judged.
+
+Tests, benchmarks and `vitriton check` hold the kernels against these formulas. No kernel imports this file.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["Error", "attention", "compare", "layer_norm_linear", "qkv_attention"]
+
+
+def attention(q, k, v, *, scale=None):
+    """softmax(scale q kᵀ) v, as the plain ViT writes it. q (B,H,Nq,D), k and v (B,H,Nk,D) -> (B,H,Nq,D).
+
+    Vaswani et al. 2017, equation 1. `scale` defaults to D ** -0.5. No keys give zeros.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dots = torch.matmul(q, k.transpose(-1, -2)) * scale
+    return torch.matmul(dots.softmax(dim=-1), v)
+
+
+def qkv_attention(qkv, heads, *, scale=None):
+    """`attention` of the packed projection qkv (B,N,3*H*D), split by `chunk(3, -1)` -> (B,N,H*D)."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+    return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
+def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
+    """activation(LayerNorm(x) weightᵀ + bias). x (...,K), weight (N,K) -> (...,N).
+
+    LayerNorm of Ba et al. 2016 over the last dim with the biased variance; GELU of Hendrycks and Gimpel 2016: "gelu" is exact (erf), "gelu_tanh" its tanh
+    approximation. The variance is taken of the centred row, so that fp64 is a golden value at any mean.
+    """
+    centred = x - x.mean(dim=-1, keepdim=True)
+    rstd = (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    y = F.linear((centred * rstd) * norm_weight + norm_bias, weight, bias)
+    if activation is None:
+        return y
+    return F.gelu(y, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far a result is from the golden value, beside what the rule allows; true if it is within."""
+
+    name: str
+    max: float  # max |result - gold|
+    max_allowed: float
+    rms: float
+    rms_allowed: float
+    same_nonfinite: bool
+
+    def __bool__(self):
+        return self.same_nonfinite and self.max <= self.max_allowed and self.rms <= self.rms_allowed
+
+    def __str__(self):
+        finite = "" if self.same_nonfinite else "; NaN or Inf stand in other places than in the golden value"
+        return (
+            f"{self.name}: max error {self.max:.3g} ({self.max_allowed:.3g} allowed), "
+            f"rms {self.rms:.3g} ({self.rms_allowed:.3g} allowed){finite}"
+        )
+
+
+def compare(name, result, base, gold, *, k):
+    """Judge `result` against the fp64 `gold`, with the same-dtype plain result `base` as the measure of rounding.
+
+    max |result - gold| <= k max |base - gold| + eps max |gold|, and the rms within 1.5 times that of `base` + eps rms(gold), where eps is that of result's dtype;
+    k is 2 for outputs and 3 for gradients. An fp64 result is held to 1e-12 of max |gold| instead. NaN and Inf must stand in the same places. Returns an `Error`.
+    """
+    if result.shape != gold.shape:
+        raise ValueError(f"{name}: the result has shape {tuple(result.shape)}, the golden value {tuple(gold.shape)}")
+    if gold.numel() == 0:
+        return Error(name, 0.0, 0.0, 0.0, 0.0, True)
+    result64, base64 = result.detach().double().cpu(), base.detach().double().cpu()
+    gold = gold.detach().double().cpu()
+    # what overflows the result's dtype is infinite in it, in the golden value too
+    expected = gold.to(result.dtype).double() if result.dtype != torch.float64 else gold
+    same = torch.equal(result64.isnan(), expected.isnan()) and torch.equal(
+        torch.nan_to_num(result64, 0.0, math.inf, -math.inf).isinf() * result64.sign().nan_to_num(),
+        torch.nan_to_num(expected, 0.0, math.inf, -math.inf).isinf() * expected.sign().nan_to_num(),
+    )
+    finite = expected.isfinite() & result64.isfinite() & base64.isfinite()
+    if not finite.any():
+        return Error(name, 0.0, 0.0, 0.0, 0.0, same)
+    error, base_error, gold = (result64 - gold)[finite], (base64 - gold)[finite], gold[finite]
+    peak, eps = gold.abs().max().item(), torch.finfo(result.dtype).eps
+    error_max, error_rms = error.abs().max().item(), error.square().mean().sqrt().item()
+    if result.dtype == torch.float64:
+        return Error(name, error_max, 1e-12 * peak, error_rms, 1e-12 * peak, same)
+    return Error(
+        name,
+        error_max,
+        k * base_error.abs().max().item() + eps * peak,
+        error_rms,
+        1.5 * base_error.square().mean().sqrt().item() + eps * gold.square().mean().sqrt().item(),
+        same,
+    )
