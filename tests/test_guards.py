@@ -1,0 +1,437 @@
+"""Each guard against toy kernels: one that commits exactly the sin which the guard forbids, and its clean twin."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import guards
+import pytest
+import torch
+from guards import GuardError, guard, guarded
+from memory_guards import POISON
+from strategies import LAYOUTS, place
+
+triton = pytest.importorskip("triton", reason="triton is not installed: there is no interpreter to guard")
+import triton.language as tl  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not guards.interpreting(), reason="kernels do not run in the interpreter here")
+
+
+@pytest.fixture
+def as_library():
+    """Allocations of this file are guarded as the library's are."""
+    guards.LIBRARY.add(__name__)
+    yield
+    guards.LIBRARY.remove(__name__)
+
+
+# ---- allocations
+
+
+def overwrite(address):
+    ctypes.memset(address, 0, 2)
+
+
+ALLOCATE = {
+    "empty": lambda: torch.empty(3, 5),
+    "empty_like": lambda: torch.empty_like(torch.ones(5, 3).t()),
+    "empty_strided": lambda: torch.empty_strided((3, 5), (8, 1)),
+    "new_empty": lambda: torch.ones(1).new_empty(3, 5),
+    "new_empty_strided": lambda: torch.ones(1).new_empty_strided((3, 5), (1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ALLOCATE)
+def test_empty_is_as_torch_gives_it_but_nan(name, as_library):
+    tensor = ALLOCATE[name]()
+    guards.LIBRARY.remove(__name__)
+    plain = ALLOCATE[name]()
+    guards.LIBRARY.add(__name__)
+    assert tensor.isnan().all()
+    assert tensor.stride() == plain.stride() and tensor.storage_offset() == 0 and tensor.data_ptr() % 64 == 0
+    assert tensor.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_empty_is_nan_in_every_dtype(dtype, as_library):
+    assert torch.empty(7, dtype=dtype).isnan().all()
+
+
+def test_empty_of_integers_is_recognisable(as_library):
+    assert (torch.empty(4, dtype=torch.int16) == POISON).all()
+    assert (torch.empty(4, dtype=torch.int32) == POISON * 0x10001).all()
+    assert torch.empty(4, dtype=torch.bool).all()
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(9), lambda: torch.ones(1).new_zeros(9)])
+def test_zeros_are_zeros_between_canaries(make, as_library):
+    with pytest.raises(GuardError, match=r"float32 tensor of shape \(9,\)"), guard():
+        tensor = make()
+        assert (tensor == 0).all()
+        overwrite(tensor.data_ptr() + tensor.nbytes)
+
+
+def test_only_the_library_is_guarded():
+    tensor = torch.empty(64)
+    assert guards._heaps[-1].blocks == {}
+    assert tensor.untyped_storage().nbytes() == 256
+
+
+def test_fake_and_meta_tensors_pass(as_library):
+    assert torch.empty(3, device="meta").is_meta
+    with torch._subclasses.FakeTensorMode():
+        assert type(torch.empty(3)) is torch._subclasses.FakeTensor
+    assert guards._heaps[-1].blocks == {}
+
+
+@pytest.mark.parametrize("byte", [-1, -4096 + 64, 60, 62])
+def test_canaries_see_a_write_beside_a_tensor(byte, as_library):
+    with pytest.raises(GuardError, match=r"by the end of the test.*float32 tensor of shape \(3, 5\)"), guard():
+        overwrite(torch.empty(3, 5).data_ptr() + byte)
+    with guard():
+        torch.empty(3, 5).zero_()
+
+
+def test_canaries_are_verified_before_they_are_let_go(as_library, monkeypatch):
+    monkeypatch.setattr("memory_guards.HELD", 20_000)
+    with pytest.raises(GuardError, match="before another allocation"), guard():
+        overwrite(torch.empty(10).data_ptr() - 2)
+        for _ in range(20):
+            torch.empty(10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_guarded_keeps_values_strides_and_alignment(layout, dtype):
+    tensor = place(torch.randn(2, 3, 5, 7).to(dtype), layout).requires_grad_()
+    copy = guarded(tensor)
+    assert torch.equal(copy, tensor) and copy.stride() == tensor.stride() and copy.requires_grad and copy.is_leaf
+    assert copy.data_ptr() % 64 == tensor.data_ptr() % 64 and copy.data_ptr() != tensor.data_ptr()
+    assert guarded(tensor[:0]).shape == (0, 3, 5, 7)
+
+
+def test_guarded_is_nan_in_its_gaps_and_watches_them():
+    tensor = guarded(torch.ones(3, 8)[:, 1:5])
+    memory = tensor.as_strided((20,), (1,))
+    assert memory.isnan().sum() == 20 - 12
+    memory[0] = 2.0  # an element
+    with pytest.raises(GuardError, match="in a gap of"), guard():
+        guarded(torch.ones(3, 8)[:, 1:5]).as_strided((20,), (1,))[5] = 2.0
+
+
+# ---- the interpreter
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, n, shift, MASK: tl.constexpr, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    """y = x, one block a program. shift moves the load; MASK leaves the mask out, OTHER the value of masked lanes."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if not MASK:
+        x = tl.load(x_ptr + offs + shift)
+    elif OTHER:
+        x = tl.load(x_ptr + offs + shift, mask=offs < n, other=0)
+    else:
+        x = tl.load(x_ptr + offs + shift, mask=offs < n)
+    tl.store(y_ptr + offs, x, mask=offs < n)
+
+
+def copy(x, y, *, shift=0, mask=True, other=True, block=8):
+    copy_kernel[(triton.cdiv(x.numel(), block),)](x, y, x.numel(), shift, mask, other, block)
+    return y
+
+
+def test_the_clean_kernel_passes_and_is_counted(launch_log, as_library):
+    x = guarded(torch.randn(21, dtype=torch.float64))
+    assert torch.equal(copy(x, torch.empty_like(x)), x)
+    (launch,) = launch_log
+    assert (launch.kernel, launch.grid, launch.programs) == ("copy_kernel", (3, 1, 1), 3)
+    assert launch.loaded == {"x_ptr": 21 * 8} and launch.stored == {"y_ptr": 21 * 8}
+    assert launch.bytes_loaded == launch.bytes_stored == 21 * 8
+
+
+def test_bytes_are_told_apart_where_arguments_share_memory(launch_log):
+    x, y = torch.zeros(10, 2).unbind(1)
+    copy_strided_kernel[(1,)](x, y, 10, 2, 16)
+    assert launch_log[-1].loaded == {"x_ptr": 40} and launch_log[-1].stored == {"y_ptr": 40}
+
+
+@triton.jit
+def copy_strided_kernel(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs * stride, tl.load(x_ptr + offs * stride, mask=offs < n, other=0), mask=offs < n)
+
+
+@pytest.mark.parametrize("mask, shift, far", [(False, 0, 21), (True, 1, 21), (True, -1, -1), (True, 10**6, 10**6)])
+def test_load_out_of_bounds(mask, shift, far):
+    x = torch.ones(21)
+    with pytest.raises(GuardError, match=f"copy_kernel.*loads through x_ptr outside its elements, {far} elements"):
+        copy(x, torch.ones(21), mask=mask, shift=shift)
+
+
+def test_store_out_of_bounds_is_not_carried_out():
+    memory = torch.zeros(64)
+    with pytest.raises(GuardError, match=r"program \(2, 0, 0\) of \(3, 1, 1\): stores through y_ptr outside.* 20 "):
+        copy(torch.ones(21), memory[:20])
+    assert (memory[16:] == 0).all()
+
+
+def test_load_from_a_gap():
+    x, y = torch.ones(10, 3)[:, :2].unbind(1)
+    copy_strided_kernel[(1,)](x, y, 10, 3, 16)
+    with pytest.raises(GuardError, match="loads through x_ptr outside its elements, 1 elements"):
+        copy_strided_kernel[(1,)](x, y, 10, 1, 16)
+
+
+def test_an_empty_tensor_may_not_be_read():
+    copy(torch.ones(0), torch.ones(0))
+    with pytest.raises(GuardError, match="x_ptr outside"):
+        copy_kernel[(1,)](torch.ones(0), torch.ones(8), 8, 0, True, True, 8)
+
+
+@triton.jit
+def sum_kernel(x_ptr, y_ptr, n, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    if OTHER:
+        x = tl.load(x_ptr + offs, mask=offs < n, other=0)
+    else:
+        x = tl.load(x_ptr + offs, mask=offs < n)
+    tl.store(y_ptr, tl.sum(x, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int32, torch.int64])
+def test_missing_other_poisons(dtype):
+    x, y = torch.ones(5, dtype=dtype), torch.zeros(1, dtype=dtype)
+    sum_kernel[(1,)](x, y, 5, True, 8)
+    assert y.item() == 5
+    sum_kernel[(1,)](x, y, 5, False, 8)
+    assert y.isnan().item() if dtype.is_floating_point else abs(y.item()) > 1e6
+
+
+@triton.jit
+def overlap_kernel(y_ptr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(y_ptr + tl.program_id(0) * STEP + tl.arange(0, BLOCK), tl.full((BLOCK,), 1.0, tl.float32))
+
+
+def test_two_programs_store_to_one_address():
+    overlap_kernel[(3,)](torch.ones(24), 8, 8)
+    with pytest.raises(GuardError, match=r"program \(1, 0, 0\).*stores through y_ptr.*stored by program 0: a race"):
+        overlap_kernel[(3,)](torch.ones(24), 7, 8)
+
+
+@triton.jit
+def shift_kernel(x_ptr, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = offs + SHIFT
+    x = tl.load(x_ptr + source, mask=(source >= 0) & (source < n), other=0)
+    tl.store(x_ptr + offs, x, mask=offs < n)
+
+
+def test_two_programs_race_between_load_and_store():
+    shift_kernel[(4,)](torch.ones(32), 32, 0, 8)
+    with pytest.raises(GuardError, match=r"program \(1, 0, 0\).*loads.*stored by program 0: a race"):
+        shift_kernel[(4,)](torch.ones(32), 32, -1, 8)
+    with pytest.raises(GuardError, match=r"program \(1, 0, 0\).*stores.*where another program has loaded: a race"):
+        shift_kernel[(4,)](torch.ones(32), 32, 1, 8)
+
+
+def test_a_race_through_two_views_of_one_memory():
+    memory = torch.ones(16)
+    with pytest.raises(GuardError, match="stores through y_ptr where another program has loaded: a race"):
+        copy(memory[4:], memory[:12], block=4)
+
+
+@triton.jit
+def lanes_kernel(y_ptr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, BLOCK) * STRIDE, tl.full((BLOCK,), 1.0, tl.float32))
+
+
+def test_two_lanes_store_to_one_address():
+    lanes_kernel[(1,)](torch.ones(8), 1, 8)
+    with pytest.raises(GuardError, match="from two lanes to one address"):
+        lanes_kernel[(1,)](torch.ones(8), 0, 8)
+
+
+@triton.jit
+def accumulate_kernel(y_ptr, STEPS: tl.constexpr, LOAD: tl.constexpr, BLOCK: tl.constexpr):
+    ptrs = y_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(STEPS):
+        if LOAD:
+            total = tl.load(ptrs)
+        tl.store(ptrs, total + 1.0)
+
+
+def test_one_program_stores_twice_only_in_scratch(monkeypatch):
+    y = torch.zeros(16)
+    accumulate_kernel[(2,)](y, 1, True, 8)
+    with pytest.raises(GuardError, match="stores through y_ptr where it has stored before"):
+        accumulate_kernel[(2,)](y, 2, False, 8)
+    with pytest.raises(GuardError, match="loads through y_ptr what it has stored itself"):
+        accumulate_kernel[(2,)](y, 2, True, 8)
+    monkeypatch.setitem(guards.SCRATCH, "accumulate_kernel", {"y_ptr"})
+    y.zero_()
+    accumulate_kernel[(2,)](y, 3, True, 8)
+    assert (y == 3).all()
+
+
+def test_scratch_is_no_licence_to_race(monkeypatch):
+    monkeypatch.setitem(guards.SCRATCH, "shift_kernel", {"x_ptr"})
+    with pytest.raises(GuardError, match="stored by program 0: a race"):
+        shift_kernel[(4,)](torch.ones(32), 32, -1, 8)
+
+
+@triton.jit
+def atomic_kernel(y_ptr, CAS: tl.constexpr):
+    if CAS:
+        tl.atomic_cas(y_ptr, 0, 1)
+    else:
+        tl.atomic_add(y_ptr, 1)
+
+
+@pytest.mark.parametrize("cas, name", [(True, "create_atomic_cas"), (False, "create_atomic_rmw")])
+def test_atomics_are_forbidden(cas, name):
+    y = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(GuardError, match=f"atomic_kernel.*{name}: atomics are forbidden"):
+        atomic_kernel[(1,)](y, cas)
+    assert y.item() == 0
+
+
+@triton.jit
+def offset_kernel(y_ptr, stride, OP: tl.constexpr, WIDE: tl.constexpr):
+    row = tl.program_id(0) + 1
+    if WIDE:
+        row = row.to(tl.int64)
+    if OP == "mul":
+        offset = row * stride * 2
+    elif OP == "add":
+        offset = row + stride + stride
+    else:
+        offset = -row - stride - stride
+    tl.store(y_ptr, offset)
+
+
+@pytest.mark.parametrize("op", ["mul", "add", "sub"])
+def test_int32_overflow(op):
+    y = torch.zeros(1, dtype=torch.int64)
+    offset_kernel[(1,)](y, 2**30 - 1, op, False)
+    offset_kernel[(1,)](y, 2**30 + 1, op, True)
+    assert abs(y.item()) > 2**31
+    with pytest.raises(GuardError, match=f"offset_kernel.*{op} of int32 gives .*214748365.*, which overflows"):
+        offset_kernel[(1,)](y, 2**30 + 1, op, False)
+
+
+def test_a_grid_that_cuda_refuses():
+    with pytest.raises(GuardError, match="CUDA takes a grid of at most"):
+        overlap_kernel[(1, 65536)](torch.ones(8), 8, 8)
+
+
+@triton.jit
+def load_helper(x_ptr, offs):
+    return tl.load(x_ptr + offs)
+
+
+@triton.jit
+def nested_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, load_helper(x_ptr, offs) + tl.max(load_helper(x_ptr, offs), 0) + tl.cdiv(BLOCK, 3))
+
+
+def test_device_functions_are_guarded_too(launch_log):
+    x, y = torch.arange(8.0), torch.empty(8)
+    for _ in range(2):  # the second launch finds the patches of the first undone
+        nested_kernel[(1,)](x, y, 8)
+        assert torch.equal(y, x + 7 + 3)
+    assert launch_log[-1].loaded == {"x_ptr": 64}
+    with pytest.raises(GuardError, match=r"nested_kernel.*loads through x_ptr outside"):
+        nested_kernel[(1,)](x[:7], y, 8)
+
+
+@triton.jit
+def cast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + offs))
+
+
+def test_a_pointer_cast_to_another_type(launch_log):
+    x, y = torch.arange(8), torch.empty(16, dtype=torch.int32)
+    cast_kernel[(1,)](x, y, 16)
+    assert torch.equal(y, x.view(torch.int32)) and launch_log[-1].loaded == {"x_ptr": 64}
+    with pytest.raises(GuardError, match="outside"):
+        cast_kernel[(1,)](x[:7], y, 16)
+
+
+def test_errors_of_a_kernel_that_are_not_guards_pass(launch_log):
+    with pytest.raises(Exception, match="boom"):
+        failing_kernel[(1,)](torch.ones(1))
+    assert launch_log == []
+
+
+@triton.jit
+def failing_kernel(x_ptr):
+    tl.static_assert(False, "boom")
+
+
+# ---- the guards themselves
+
+
+def test_unguarded_is_unguarded(unguarded, launch_log):
+    x = torch.ones(5)
+    assert guarded(x) is x
+    copy(x, torch.empty(5))
+    atomic_kernel[(1,)](torch.zeros(1, dtype=torch.int32), False)
+    assert launch_log == []
+
+
+def test_guards_leave_no_trace(unguarded):
+    from triton.runtime import interpreter
+
+    owners = (torch, torch.Tensor, interpreter, interpreter.InterpreterBuilder, interpreter.GridExecutor)
+    before = [dict(vars(owner)) for owner in owners]
+    with guard():
+        assert dict(vars(torch)) != before[0]
+    assert [dict(vars(owner)) for owner in owners] == before
+
+
+def test_a_version_that_lacks_what_is_patched_fails_loudly(unguarded, monkeypatch):
+    from triton.runtime import interpreter
+
+    monkeypatch.delattr(interpreter.InterpreterBuilder, "create_masked_load")
+    with pytest.raises(RuntimeError, match=r"InterpreterBuilder.create_masked_load is gone"), guard():
+        pass
+
+
+def run(code, **env):
+    """What `code` prints in a fresh process."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | env
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_without_triton_only_allocations_are_guarded():
+    code = """
+import sys
+sys.modules["triton"] = None
+import guards, torch
+guards.LIBRARY.add("__main__")
+with guards.guard() as log:
+    print(guards.interpreting(), torch.empty(2).isnan().all().item(), log)
+"""
+    assert run(code) == ["False", "True", "[]"]
+
+
+def test_memory_beyond_2_to_31_is_guarded_sparsely():
+    x = torch.empty(1).new_empty(2**31 + 64, dtype=torch.int8)  # untouched, it takes address space only
+    y = x.as_strided((2, 8), (2**31, 1))
+    far_kernel[(2,)](y, 2**31, 8)
+    assert y[1].tolist() == [2] * 8
+    with pytest.raises(GuardError, match="y_ptr outside"):
+        far_kernel[(2,)](y, 2**31 - 1, 8)
+
+
+@triton.jit
+def far_kernel(y_ptr, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(y_ptr + row * stride + tl.arange(0, BLOCK), tl.full((BLOCK,), 2, tl.int8))
