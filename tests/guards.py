@@ -48,7 +48,10 @@ def interpreting():
 
 @contextmanager
 def guard():
-    """Turn the guards on; yields the list to which each launch under the interpreter adds its `Launch`."""
+    """Turn the guards on; yields the list to which each launch under the interpreter adds its `Launch`.
+
+    Within another guard(), launch no kernel.
+    """
     log, heap = [], Heap()
     with ExitStack() as patches:
         _heaps.append(heap)

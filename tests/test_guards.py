@@ -62,7 +62,7 @@ def test_empty_is_nan_in_every_dtype(dtype, as_library):
 def test_empty_of_integers_is_recognisable(as_library):
     assert (torch.empty(4, dtype=torch.int16) == POISON).all()
     assert (torch.empty(4, dtype=torch.int32) == POISON * 0x10001).all()
-    assert torch.empty(4, dtype=torch.bool).all()
+    assert (torch.empty(4, dtype=torch.bool).view(torch.uint8) == 1).all()
 
 
 @pytest.mark.parametrize("make", [lambda: torch.zeros(9), lambda: torch.ones(1).new_zeros(9)])
@@ -92,6 +92,13 @@ def test_canaries_see_a_write_beside_a_tensor(byte, as_library):
         overwrite(torch.empty(3, 5).data_ptr() + byte)
     with guard():
         torch.empty(3, 5).zero_()
+
+
+def test_canaries_are_verified_after_each_launch(unguarded, as_library):
+    with pytest.raises(GuardError, match=r"^after kernel copy_kernel: .*float32 tensor"), guard():
+        y = torch.empty(21)
+        overwrite(y.data_ptr() - 4)
+        copy(torch.ones(21), y)
 
 
 def test_canaries_are_verified_before_they_are_let_go(as_library, monkeypatch):
@@ -202,10 +209,10 @@ def sum_kernel(x_ptr, y_ptr, n, OTHER: tl.constexpr, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int32, torch.int64])
 def test_missing_other_poisons(dtype):
-    x, y = torch.ones(5, dtype=dtype), torch.zeros(1, dtype=dtype)
-    sum_kernel[(1,)](x, y, 5, True, 8)
-    assert y.item() == 5
-    sum_kernel[(1,)](x, y, 5, False, 8)
+    x, y = torch.ones(7, dtype=dtype), torch.zeros(1, dtype=dtype)
+    sum_kernel[(1,)](x, y, 7, True, 8)
+    assert y.item() == 7
+    sum_kernel[(1,)](x, y, 7, False, 8)
     assert y.isnan().item() if dtype.is_floating_point else abs(y.item()) > 1e6
 
 
@@ -349,17 +356,39 @@ def test_device_functions_are_guarded_too(launch_log):
 
 
 @triton.jit
-def cast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+def cast_kernel(x_ptr, y_ptr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + offs))
+    tl.store(y_ptr + offs, tl.load(x_ptr.to(tl.pointer_type(TYPE)) + offs))
 
 
-def test_a_pointer_cast_to_another_type(launch_log):
+def test_a_pointer_cast_to_a_narrower_type(launch_log):
     x, y = torch.arange(8), torch.empty(16, dtype=torch.int32)
-    cast_kernel[(1,)](x, y, 16)
+    cast_kernel[(1,)](x, y, tl.int32, 16)
     assert torch.equal(y, x.view(torch.int32)) and launch_log[-1].loaded == {"x_ptr": 64}
     with pytest.raises(GuardError, match="outside"):
-        cast_kernel[(1,)](x[:7], y, 16)
+        cast_kernel[(1,)](x[:7], y, tl.int32, 16)
+
+
+def test_a_pointer_cast_to_a_wider_type():
+    x, y = torch.arange(8, dtype=torch.int32), torch.empty(4, dtype=torch.int64)
+    cast_kernel[(1,)](x, y, tl.int64, 4)
+    with pytest.raises(GuardError, match="outside"):
+        cast_kernel[(1,)](x[:7], y, tl.int64, 4)
+
+
+@triton.jit
+def cast_race_kernel(y_ptr, FIRST: tl.constexpr):
+    if tl.program_id(0) == 0:
+        tl.store(y_ptr.to(tl.pointer_type(tl.int64)), tl.full((), 0, tl.int64))
+    else:
+        tl.store(y_ptr + FIRST, tl.full((), 0, tl.int32))
+
+
+def test_a_race_between_stores_of_unequal_width():
+    y = torch.zeros(8, dtype=torch.int32)
+    cast_race_kernel[(2,)](y, 2)
+    with pytest.raises(GuardError, match="stored by program 0: a race"):
+        cast_race_kernel[(2,)](y, 1)
 
 
 def test_errors_of_a_kernel_that_are_not_guards_pass(launch_log):
