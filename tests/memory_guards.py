@@ -1,6 +1,7 @@
 """The guards of guards.py that watch memory from outside: NaN-filled `empty`, and canaries around tensors."""
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 
@@ -40,8 +41,15 @@ def once(size, stride):
 @dataclass
 class _Block:
     words: torch.Tensor  # int16, canaries included
-    is_canary: torch.Tensor  # bool, as words
+    inside: slice  # of words: from the tensor's first to its last
+    in_gap: torch.Tensor | None  # bool, of words[inside]; None if there are no gaps
     label: str
+
+    def intact(self):
+        parts = [self.words[: self.inside.start], self.words[self.inside.stop :]]
+        if self.in_gap is not None:
+            parts.append(self.words[self.inside][self.in_gap])
+        return all((part == POISON).all() for part in parts)
 
 
 class Heap:
@@ -54,29 +62,30 @@ class Heap:
     def verify(self, when, storages=None):
         """Raise GuardError if a canary around the tensors in these storages (None: all) is dead."""
         for address in self.blocks.keys() if storages is None else self.blocks.keys() & storages:
-            block = self.blocks[address]
-            if ((block.words != POISON) & block.is_canary).any():
-                raise GuardError(f"{when}: memory around, or in a gap of, {block.label} was overwritten")
+            if not self.blocks[address].intact():
+                label = self.blocks[address].label
+                raise GuardError(f"{when}: memory around, or in a gap of, {label} was overwritten")
 
     def carve(self, like, label, skew=0):
         """A poisoned tensor of the same dtype, shape and strides, `skew` bytes past an aligned address."""
-        size, stride, itemsize = like.shape, like.stride(), like.element_size()
+        size, stride, itemsize = once(like.shape, like.stride()), like.stride(), like.element_size()
         span = extent(size, stride)
-        nbytes = span * itemsize
+        start, stop = MARGIN + skew, MARGIN + skew + span * itemsize
         if self.held > HELD:
             self.verify("before another allocation")
             self.blocks.clear()
             self.held = 0
-        words = torch.full((MARGIN + (skew + nbytes + 1) // 2,), POISON, dtype=torch.int16, device=like.device)
-        is_canary = torch.ones(2 * len(words), dtype=torch.bool, device=like.device)  # of bytes, then of words
-        inside = torch.zeros(span, itemsize, dtype=torch.bool, device=like.device)
-        inside.as_strided([*once(size, stride), itemsize], [*(step * itemsize for step in stride), 1]).fill_(True)
-        is_canary[MARGIN + skew : MARGIN + skew + nbytes] = ~inside.view(-1)
+        words = torch.full(((stop + MARGIN) // 2,), POISON, dtype=torch.int16, device=like.device)
+        inside, in_gap = slice(start // 2, (stop + 1) // 2), None
+        if span > math.prod(size) and itemsize > 1:
+            is_element = torch.zeros(span, dtype=torch.bool, device=like.device)
+            is_element.as_strided(size, stride).fill_(True)
+            in_gap = ~is_element.repeat_interleave(itemsize // 2)
         # a slice of a storage is a storage: the tensor's offset is 0, as in one from the allocator
-        storage = words.untyped_storage()[MARGIN + skew : MARGIN + skew + nbytes]
-        self.blocks[storage.data_ptr()] = _Block(words, is_canary.view(-1, 2).all(1), label)
+        storage = words.untyped_storage()[start:stop]
+        self.blocks[storage.data_ptr()] = _Block(words, inside, in_gap, label)
         self.held += words.nbytes
-        return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, size, stride)
+        return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, like.shape, stride)
 
     def guarded(self, tensor):
         """See guards.guarded."""
