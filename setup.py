@@ -1,7 +1,7 @@
 """Packaging of vitriton: the folders kernels/ and vit/ are installed as vitriton.kernels and vitriton.vit.
 
-The names `kernels` and `vit` belong to other projects on PyPI, hence the `vitriton` namespace. Everything here is static: nothing is probed
-at install time, and triton is asked for only where it exists.
+The names `kernels` and `vit` belong to other projects on PyPI, hence the `vitriton` namespace. Everything here is
+static: nothing is probed at install time, and triton is asked for only where it exists.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ INTEGRATIONS = ["timm", "transformers", "torchvision", "vit-pytorch", "open_clip
 setup(
     name="vitriton",
     version="0.1.0",
-    description="Fused Triton kernels for Vision Transformers: drop-in modules, forward and backward, on a GPU and on a CPU",
+    description="Fused Triton kernels for Vision Transformers, as drop-in modules, forward and backward, GPU and CPU",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

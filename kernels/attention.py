@@ -1,0 +1,392 @@
+"""Attention as Triton kernels, forward and backward (Dao 2023, FlashAttention-2).
+
+    s = scale q kᵀ        p = softmax(s)        out = p v        lse = log Σ exp s
+    delta = Σ_d dout ⊙ out        ds = p ⊙ (dout vᵀ - delta)
+    dq = scale ds k        dk = scale dsᵀ q        dv = pᵀ dout
+
+q and out are (B,H,Nq,D), k and v (B,H,Nk,D). The forward pass walks over tiles of keys with a running maximum and sum, so
+that no (Nq,Nk) map exists; the backward pass makes p again from lse, which is all that is kept beside q, k, v and out.
+Sequences are cut into whole tiles, which carry no mask along the sequence, and one tail as narrow as 16. Head dims are
+cut into two powers of two, D0 + D1: 80 costs 64 + 16, not 128. The second part of a tile is 0.0 where D1 is 0.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from .configs import attention_backward_config, attention_forward_config, head_dim_parts
+from .launch import accumulator, alignment, cdiv, chip_of, dot_precision, launch, tail, tl_accumulator
+from .tiles import load_tile, store_tile
+
+LOG2E = tl.constexpr(math.log2(math.e))  # exponents are of 2: scores come multiplied by scale_log2e = scale log2 e
+LN2 = tl.constexpr(math.log(2.0))
+# Below every score, but finite: -inf would make NaN of -inf - -inf where all scores of a tile are -inf.
+LOWEST = tl.constexpr(-3.4e38)
+
+
+@triton.jit
+def _load_parts(
+    x_ptr, rows, row_end, stride_n, stride_d,
+    MASK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """x[rows, :] as two parts, (ROWS, D0) and (ROWS, D1), with 0 from row_end on (if MASK) and from D on."""
+    cols = tl.arange(0, D0)
+    x0 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN)
+    if D1 > 0:
+        cols = D0 + tl.arange(0, D1)
+        x1 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN)
+    else:
+        x1 = 0.0
+    return x0, x1
+
+
+@triton.jit
+def _store_parts(
+    x_ptr, x0, x1, rows, row_end, stride_n, stride_d,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    store_tile(x_ptr, x0, rows, row_end, tl.arange(0, D0), D, stride_n, stride_d, ALIGN)
+    if D1 > 0:
+        store_tile(x_ptr, x1, rows, row_end, D0 + tl.arange(0, D1), D, stride_n, stride_d, ALIGN)
+
+
+@triton.jit
+def _zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr):
+    x0 = tl.zeros((ROWS, D0), ACC)
+    if D1 > 0:
+        x1 = tl.zeros((ROWS, D1), ACC)
+    else:
+        x1 = 0.0
+    return x0, x1
+
+
+@triton.jit
+def _dot_parts(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a bᵀ, summed over both parts of the head dim."""
+    c = tl.dot(a0, tl.trans(b0), out_dtype=ACC, input_precision=PRECISION)
+    if D1 > 0:
+        c = tl.dot(a1, tl.trans(b1), c, out_dtype=ACC, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b, for both parts of b's head dim."""
+    a = a.to(b0.dtype)
+    acc0 = tl.dot(a, b0, acc0, out_dtype=ACC, input_precision=PRECISION)
+    if D1 > 0:
+        acc1 = tl.dot(a, b1, acc1, out_dtype=ACC, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def _head_offset(bh, H, stride_b, stride_h, ALIGN: tl.constexpr):
+    return tl.multiple_of((bh // H).to(tl.int64) * stride_b + (bh % H).to(tl.int64) * stride_h, ALIGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+
+
+@triton.jit
+def _fwd_keys(
+    q0, q1, k_ptr, v_ptr, acc0, acc1, row_max, row_sum, key_end, scale_log2e,
+    stride_kn, stride_kd, stride_vn, stride_vd,
+    KEYS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: the running maximum (of s log2 e), sum and output of each query, updated."""
+    keys = tl.arange(0, KEYS)
+    k0, k1 = _load_parts(k_ptr, keys, key_end, stride_kn, stride_kd, MASK, D, D0, D1, ALIGN)
+    s = _dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION)  # (M, KEYS)
+    if MASK:
+        s = tl.where(keys[None, :] < key_end, s * scale_log2e, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        p = tl.exp2(s - new_max[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2e)
+        p = tl.exp2(s * scale_log2e - new_max[:, None])  # one FMA and one exp2 a pair
+    alpha = tl.exp2(row_max - new_max)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+    acc0 = acc0 * alpha[:, None]
+    if D1 > 0:
+        acc1 = acc1 * alpha[:, None]
+    v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, MASK, D, D0, D1, ALIGN)
+    acc0, acc1 = _add_dot(acc0, acc1, p, v0, v1, D1, ACC, PRECISION)
+    return acc0, acc1, new_max, row_sum
+
+
+@triton.jit
+def _fwd_queries(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, row_start, NQ, NK, scale_log2e,
+    stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
+    M: tl.constexpr, MASK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The queries row_start to row_start + M of one head, with all keys."""
+    rows = row_start + tl.arange(0, M)
+    q0, q1 = _load_parts(q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, D, D0, D1, ALIGN)
+    if NEGATE:  # a negative scale would turn the maximum into a minimum
+        q0 = -q0
+        q1 = -q1
+    acc0, acc1 = _zero_parts(M, D0, D1, ACC)
+    row_max = tl.full((M,), LOWEST, ACC)
+    row_sum = tl.zeros((M,), ACC)
+    for _ in range(0, NK // BLOCK_N):
+        acc0, acc1, row_max, row_sum = _fwd_keys(
+            q0, q1, k_ptr, v_ptr, acc0, acc1, row_max, row_sum, BLOCK_N, scale_log2e,
+            stride_kn, stride_kd, stride_vn, stride_vd, BLOCK_N, False, D, D0, D1, ALIGN, ACC, PRECISION,
+        )  # fmt: skip
+        k_ptr += BLOCK_N * stride_kn
+        v_ptr += BLOCK_N * stride_vn
+    if TAIL_N > 0:
+        acc0, acc1, row_max, row_sum = _fwd_keys(
+            q0, q1, k_ptr, v_ptr, acc0, acc1, row_max, row_sum, NK % BLOCK_N, scale_log2e,
+            stride_kn, stride_kd, stride_vn, stride_vd, TAIL_N, True, D, D0, D1, ALIGN, ACC, PRECISION,
+        )  # fmt: skip
+    acc0 = acc0 / row_sum[:, None]
+    if D1 > 0:
+        acc1 = acc1 / row_sum[:, None]
+    _store_parts(out_ptr, acc0, acc1, rows, NQ, stride_on, stride_od, D, D0, D1, ALIGN)
+    tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN2, mask=rows < NQ)
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_ob, stride_oh, stride_on, stride_od,
+    H, NQ, NK, scale_log2e,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program makes BLOCK_M rows of out and lse of one head; the last of a head makes the TAIL_M rows left over."""
+    blocks = tl.cdiv(NQ, BLOCK_M)
+    bh = tl.program_id(0) // blocks
+    row_start = (tl.program_id(0) % blocks) * BLOCK_M
+    q_ptr += _head_offset(bh, H, stride_qb, stride_qh, ALIGN)
+    k_ptr += _head_offset(bh, H, stride_kb, stride_kh, ALIGN)
+    v_ptr += _head_offset(bh, H, stride_vb, stride_vh, ALIGN)
+    out_ptr += _head_offset(bh, H, stride_ob, stride_oh, ALIGN)
+    lse_ptr += bh.to(tl.int64) * NQ
+    if TAIL_M < BLOCK_M and (TAIL_M == 0 or row_start + BLOCK_M <= NQ):
+        _fwd_queries(
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, row_start, NQ, NK, scale_log2e,
+            stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
+            BLOCK_M, False, BLOCK_N, TAIL_N, NEGATE, D, D0, D1, ALIGN, ACC, PRECISION,
+        )  # fmt: skip
+    elif TAIL_M > 0:
+        _fwd_queries(
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, row_start, NQ, NK, scale_log2e,
+            stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
+            TAIL_M, True, BLOCK_N, TAIL_N, NEGATE, D, D0, D1, ALIGN, ACC, PRECISION,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+
+
+@triton.jit
+def _bwd_dq_keys(
+    q0, q1, do0, do1, lse_log2e, delta, dq0, dq1, k_ptr, v_ptr, key_end, scale_log2e,
+    stride_kn, stride_kd, stride_vn, stride_vd,
+    KEYS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: dq / scale, with what these keys add."""
+    keys = tl.arange(0, KEYS)
+    k0, k1 = _load_parts(k_ptr, keys, key_end, stride_kn, stride_kd, MASK, D, D0, D1, ALIGN)
+    v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, MASK, D, D0, D1, ALIGN)
+    p = tl.exp2(_dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION) * scale_log2e - lse_log2e[:, None])  # (M, KEYS)
+    if MASK:  # a key that is not there has k = 0, yet p may be inf
+        p = tl.where(keys[None, :] < key_end, p, 0.0)
+    dp = _dot_parts(do0, do1, v0, v1, D1, ACC, PRECISION)
+    ds = p * (dp - delta[:, None])
+    return _add_dot(dq0, dq1, ds, k0, k1, D1, ACC, PRECISION)
+
+
+@triton.jit
+def _attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_ob, stride_oh, stride_on, stride_od,
+    stride_dob, stride_doh, stride_don, stride_dod,
+    stride_dqb, stride_dqh, stride_dqn, stride_dqd,
+    H, NQ, NK, scale, scale_log2e,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program makes BLOCK_M rows of delta and dq of one head."""
+    blocks = tl.cdiv(NQ, BLOCK_M)
+    bh = tl.program_id(0) // blocks
+    rows = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_ptr += _head_offset(bh, H, stride_qb, stride_qh, ALIGN)
+    k_ptr += _head_offset(bh, H, stride_kb, stride_kh, ALIGN)
+    v_ptr += _head_offset(bh, H, stride_vb, stride_vh, ALIGN)
+    out_ptr += _head_offset(bh, H, stride_ob, stride_oh, ALIGN)
+    do_ptr += _head_offset(bh, H, stride_dob, stride_doh, ALIGN)
+    dq_ptr += _head_offset(bh, H, stride_dqb, stride_dqh, ALIGN)
+    lse_ptr += bh.to(tl.int64) * NQ
+    delta_ptr += bh.to(tl.int64) * NQ
+
+    q0, q1 = _load_parts(q_ptr, rows, NQ, stride_qn, stride_qd, True, D, D0, D1, ALIGN)
+    do0, do1 = _load_parts(do_ptr, rows, NQ, stride_don, stride_dod, True, D, D0, D1, ALIGN)
+    out0, out1 = _load_parts(out_ptr, rows, NQ, stride_on, stride_od, True, D, D0, D1, ALIGN)
+    delta = tl.sum(do0.to(ACC) * out0.to(ACC), 1)
+    if D1 > 0:
+        delta += tl.sum(do1.to(ACC) * out1.to(ACC), 1)
+    tl.store(delta_ptr + rows, delta, mask=rows < NQ)
+    lse_log2e = tl.load(lse_ptr + rows, mask=rows < NQ, other=0.0) * LOG2E
+    dq0, dq1 = _zero_parts(BLOCK_M, D0, D1, ACC)
+    for _ in range(0, NK // BLOCK_N):
+        dq0, dq1 = _bwd_dq_keys(
+            q0, q1, do0, do1, lse_log2e, delta, dq0, dq1, k_ptr, v_ptr, BLOCK_N, scale_log2e,
+            stride_kn, stride_kd, stride_vn, stride_vd, BLOCK_N, False, D, D0, D1, ALIGN, ACC, PRECISION,
+        )  # fmt: skip
+        k_ptr += BLOCK_N * stride_kn
+        v_ptr += BLOCK_N * stride_vn
+    if TAIL_N > 0:
+        dq0, dq1 = _bwd_dq_keys(
+            q0, q1, do0, do1, lse_log2e, delta, dq0, dq1, k_ptr, v_ptr, NK % BLOCK_N, scale_log2e,
+            stride_kn, stride_kd, stride_vn, stride_vd, TAIL_N, True, D, D0, D1, ALIGN, ACC, PRECISION,
+        )  # fmt: skip
+    _store_parts(dq_ptr, dq0 * scale, dq1 * scale, rows, NQ, stride_dqn, stride_dqd, D, D0, D1, ALIGN)
+
+
+@triton.jit
+def _bwd_dkdv_queries(
+    k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_ptr, do_ptr, lse_ptr, delta_ptr, row_end, scale_log2e,
+    stride_qn, stride_qd, stride_don, stride_dod,
+    ROWS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries: dk / scale and dv, with what these queries add. Tiles of p and ds are transposed here."""
+    rows = tl.arange(0, ROWS)
+    q0, q1 = _load_parts(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, D, D0, D1, ALIGN)
+    do0, do1 = _load_parts(do_ptr, rows, row_end, stride_don, stride_dod, MASK, D, D0, D1, ALIGN)
+    if MASK:  # a query that is not there gets p = exp2(-inf) = 0
+        lse = tl.load(lse_ptr + rows, mask=rows < row_end, other=float("inf"))
+        delta = tl.load(delta_ptr + rows, mask=rows < row_end, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + rows)
+        delta = tl.load(delta_ptr + rows)
+    p = tl.exp2(_dot_parts(k0, k1, q0, q1, D1, ACC, PRECISION) * scale_log2e - (lse * LOG2E)[None, :])  # (KEYS, ROWS)
+    dv0, dv1 = _add_dot(dv0, dv1, p, do0, do1, D1, ACC, PRECISION)
+    dp = _dot_parts(v0, v1, do0, do1, D1, ACC, PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk0, dk1 = _add_dot(dk0, dk1, ds, q0, q1, D1, ACC, PRECISION)
+    return dk0, dk1, dv0, dv1
+
+
+@triton.jit
+def _attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_dob, stride_doh, stride_don, stride_dod,
+    stride_dkb, stride_dkh, stride_dkn, stride_dkd,
+    stride_dvb, stride_dvh, stride_dvn, stride_dvd,
+    H, NQ, NK, scale, scale_log2e,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program makes BLOCK_N rows of dk and dv of one head."""
+    blocks = tl.cdiv(NK, BLOCK_N)
+    bh = tl.program_id(0) // blocks
+    keys = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_ptr += _head_offset(bh, H, stride_qb, stride_qh, ALIGN)
+    k_ptr += _head_offset(bh, H, stride_kb, stride_kh, ALIGN)
+    v_ptr += _head_offset(bh, H, stride_vb, stride_vh, ALIGN)
+    do_ptr += _head_offset(bh, H, stride_dob, stride_doh, ALIGN)
+    dk_ptr += _head_offset(bh, H, stride_dkb, stride_dkh, ALIGN)
+    dv_ptr += _head_offset(bh, H, stride_dvb, stride_dvh, ALIGN)
+    lse_ptr += bh.to(tl.int64) * NQ
+    delta_ptr += bh.to(tl.int64) * NQ
+
+    k0, k1 = _load_parts(k_ptr, keys, NK, stride_kn, stride_kd, True, D, D0, D1, ALIGN)
+    v0, v1 = _load_parts(v_ptr, keys, NK, stride_vn, stride_vd, True, D, D0, D1, ALIGN)
+    dk0, dk1 = _zero_parts(BLOCK_N, D0, D1, ACC)
+    dv0, dv1 = _zero_parts(BLOCK_N, D0, D1, ACC)
+    for _ in range(0, NQ // BLOCK_M):
+        dk0, dk1, dv0, dv1 = _bwd_dkdv_queries(
+            k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_ptr, do_ptr, lse_ptr, delta_ptr, BLOCK_M, scale_log2e,
+            stride_qn, stride_qd, stride_don, stride_dod, BLOCK_M, False, D, D0, D1, ALIGN, ACC, PRECISION,
+        )  # fmt: skip
+        q_ptr += BLOCK_M * stride_qn
+        do_ptr += BLOCK_M * stride_don
+        lse_ptr += BLOCK_M
+        delta_ptr += BLOCK_M
+    if TAIL_M > 0:
+        dk0, dk1, dv0, dv1 = _bwd_dkdv_queries(
+            k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_ptr, do_ptr, lse_ptr, delta_ptr, NQ % BLOCK_M, scale_log2e,
+            stride_qn, stride_qd, stride_don, stride_dod, TAIL_M, True, D, D0, D1, ALIGN, ACC, PRECISION,
+        )  # fmt: skip
+    _store_parts(dk_ptr, dk0 * scale, dk1 * scale, keys, NK, stride_dkn, stride_dkd, D, D0, D1, ALIGN)
+    _store_parts(dv_ptr, dv0, dv1, keys, NK, stride_dvn, stride_dvd, D, D0, D1, ALIGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def _common(x, d, *tensors):
+    """The compile-time arguments that every kernel here takes."""
+    d0, d1 = head_dim_parts(d)
+    return {
+        "D": d, "D0": d0, "D1": d1,
+        "ALIGN": alignment(*tensors), "ACC": tl_accumulator(x.dtype), "PRECISION": dot_precision(x.dtype),
+    }  # fmt: skip
+
+
+def attention_forward(q, k, v, scale):
+    """q (B,H,Nq,D), k and v (B,H,Nk,D), none empty -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq)."""
+    (b, h, nq, d), nk = q.shape, k.shape[2]
+    out = q.new_empty(b, nq, h, d).transpose(1, 2)
+    lse = q.new_empty(b, h, nq, dtype=accumulator(q.dtype))
+    tiles = attention_forward_config(chip_of(q.device), q.dtype, d, nq, nk)
+    launch(
+        _attention_fwd_kernel, (b * h * cdiv(nq, tiles.BLOCK_M),),
+        q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk, abs(scale) * LOG2E.value,
+        BLOCK_M=tiles.BLOCK_M, TAIL_M=tail(nq, tiles.BLOCK_M), BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
+        NEGATE=scale < 0, **_common(q, d, q, k, v, out), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
+    """Write the gradients of q, k and v into dq, dk and dv, of any strides; no argument is empty."""
+    (b, h, nq, d), nk = q.shape, k.shape[2]
+    lse = lse.contiguous()
+    delta = lse.new_empty(lse.shape)
+    common = _common(q, d, q, k, v, out, grad, dq, dk, dv)
+    tiles = attention_backward_config(chip_of(q.device), q.dtype, d)
+    launch(
+        _attention_bwd_dq_kernel, (b * h * cdiv(nq, tiles.BLOCK_M),),
+        q, k, v, out, grad, lse, delta, dq,
+        *q.stride(), *k.stride(), *v.stride(), *out.stride(), *grad.stride(), *dq.stride(),
+        h, nq, nk, scale, scale * LOG2E.value,
+        BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
+        **common, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    launch(
+        _attention_bwd_dkdv_kernel, (b * h * cdiv(nk, tiles.BLOCK_N),),
+        q, k, v, grad, lse, delta, dk, dv,
+        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
+        h, nq, nk, scale, scale * LOG2E.value,
+        BLOCK_M=tiles.BLOCK_M, TAIL_M=tail(nq, tiles.BLOCK_M), BLOCK_N=tiles.BLOCK_N,
+        **common, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip

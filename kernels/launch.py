@@ -1,0 +1,130 @@
+"""The one place that calls Triton, and that knows where its versions and the machines differ.
+
+Every kernel is started through `launch`. Under `record(chip)` nothing is started: the launches are kept instead, so
+that a launcher can be asked, with tensors on the `meta` device, what it would run on a chip that is not there.
+"""
+
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+try:
+    import triton
+except ImportError:  # Windows, macOS
+    triton = None
+
+# The variable is read by `@triton.jit`, hence once, when the kernels are imported.
+INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+# Triton 3.9 warns that fusing a product and a sum into one FMA will be off unless asked for: the kernels count on it.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was recorded: kernel[grid](*args, num_warps=, num_stages=, **constexprs)."""
+
+    kernel: object
+    grid: tuple
+    args: tuple
+    constexprs: dict
+    num_warps: int
+    num_stages: int
+
+
+_recording = None  # (chip, list of launches) under `record`
+
+
+def launch(kernel, grid, *args, num_warps, num_stages, **constexprs):
+    """Start `kernel` on `grid` with run-time arguments `args` and compile-time arguments `constexprs`.
+
+    The first of `args` is a tensor; the kernel runs on its device, whichever device is current.
+    """
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
+        return
+    device = args[0].device
+    options = {"num_warps": num_warps, "num_stages": num_stages, **constexprs, **OPTIONS}
+    if device.type == "cpu":
+        kernel[grid](*args, **options)
+        return
+    module = torch.get_device_module(device)
+    if device.index == module.current_device():
+        kernel[grid](*args, **options)
+    else:
+        with module.device(device):
+            kernel[grid](*args, **options)
+
+
+@contextmanager
+def record(chip):
+    """Keep launches, as they would be on `chip` ("sm_90", "gfx942", ...), in the list that this yields. One thread."""
+    global _recording
+    _recording = (chip, [])
+    try:
+        yield _recording[1]
+    finally:
+        _recording = None
+
+
+def chip_of(device):
+    """The name of the chip that the kernels are configured for: "sm_90", "gfx942", "xpu", or "interpreter"."""
+    if _recording is not None:
+        return _recording[0]
+    return _chip_of(device)
+
+
+@cache
+def _chip_of(device):
+    if device.type == "cpu":
+        return "interpreter"
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def cdiv(a, b):
+    """a / b rounded up, for non-negative integers."""
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tail(n, block):
+    """The width of the masked tile that takes what n leaves over of whole blocks: 0, or a power of two from 16."""
+    left = n % block
+    return max(16, next_power_of_2(left)) if left else 0
+
+
+def alignment(*tensors):
+    """The largest power of two, up to 16 bytes' worth of elements, that divides every stride but the last dim's."""
+    align = 16 // tensors[0].element_size()
+    for t in tensors:
+        for stride in t.stride()[:-1]:
+            align = math.gcd(align, stride)
+    return align
+
+
+def accumulator(dtype):
+    """The dtype of sums and statistics: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def tl_accumulator(dtype):
+    """`accumulator` as Triton names it."""
+    return triton.language.float64 if dtype == torch.float64 else triton.language.float32
+
+
+def dot_precision(dtype):
+    """tl.dot's input_precision: "tf32" for fp32 where PyTorch's own products on this kind of GPU may use it."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"

@@ -1,0 +1,425 @@
+"""The operators `torch.ops.vitriton.*`: schemas, shapes, autograd, flop formulas, and which implementation runs.
+
+This is the one place where a device chooses an implementation. The operators are what autograd, torch.compile and
+torch.export see. Each carries the caller's choice of backend, so that a backward pass runs where its forward pass ran.
+"""
+
+import math
+import os
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import native, reference
+from .launch import INTERPRET, accumulator, triton
+
+if triton is not None:
+    from . import attention as triton_attention
+    from . import prenorm as triton_prenorm
+
+BACKENDS = ("auto", "triton", "native")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which implementation runs
+
+
+def _check_backend(name, source):
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+_backend = _check_backend(os.environ.get("VITRITON_BACKEND", "auto"), "the environment variable VITRITON_BACKEND")
+
+
+@contextmanager
+def use_backend(name):
+    """Within this context every function of the package runs on `name`: "triton", "native" or "auto" (the default).
+
+    A choice that cannot run raises RuntimeError, saying why, when a function is called. It holds for the whole process;
+    the environment variable VITRITON_BACKEND sets what holds outside any such context.
+    Raises ValueError for an unknown name.
+    """
+    global _backend
+    previous, _backend = _backend, _check_backend(name, "use_backend's argument")
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def chosen_backend():
+    """The backend that `use_backend` or VITRITON_BACKEND chose."""
+    return _backend
+
+
+@cache
+def why_not_triton(device, dtype):
+    """Why Triton's kernels cannot take a tensor of this device and dtype, in words; None if they can."""
+    if triton is None:
+        return "the package triton is not installed (it exists for Linux only)"
+    if device.type == "cpu":
+        if not INTERPRET:
+            return "the tensor is on a CPU, and TRITON_INTERPRET=1 was not set when vitriton was imported"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
+        return None
+    if INTERPRET:
+        return "TRITON_INTERPRET=1 runs the kernels in the interpreter, which takes CPU tensors only"
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton has no kernels for the device type {device.type!r}"
+    if dtype == torch.float64:
+        return "the kernels take float64 in Triton's interpreter only"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels are compiled for compute capability 8.0 and later, and this GPU has {}.{}".format(
+            *torch.cuda.get_device_capability(device)
+        )
+    return None
+
+
+def _takes_triton(backend, x):
+    """Whether Triton takes the call; raises RuntimeError if `backend` asks for it in vain."""
+    if backend == "native":
+        return False
+    why_not = why_not_triton(x.device, x.dtype)
+    if why_not is not None and backend == "triton":
+        raise RuntimeError(f"the backend 'triton' was asked for and cannot run: {why_not}")
+    return why_not is None
+
+
+def explain(*tensors):
+    """Say in words which implementation a call with these tensors takes, and why the other is passed over.
+
+    Raises RuntimeError, as the call would, if the backend that was chosen cannot run.
+    """
+    x = tensors[0]
+    if _takes_triton(_backend, x):
+        how = "in its interpreter" if x.device.type == "cpu" else "on the GPU"
+        passed_over = "the native path is passed over because Triton can run"
+        if _backend == "triton":
+            passed_over = "the native path is passed over because the backend 'triton' was chosen"
+        return f"Triton, {how}; {passed_over}"
+    if _backend == "native":
+        return "native; Triton is passed over because the backend 'native' was chosen"
+    return f"native; Triton is passed over because {why_not_triton(x.device, x.dtype)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators
+
+library = torch.library.Library("vitriton", "DEF")
+
+
+def _operator(schema, implementation, fake):
+    """Define an operator that takes tensors of any strides, with one implementation for every device."""
+    name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vitriton::{name}", fake, lib=library)
+    return getattr(torch.ops.vitriton, name)
+
+
+def _new_heads(x, b, h, n, d):
+    """An uninitialised (B,H,N,D) laid out in memory as (B,N,H,D)."""
+    return x.new_empty(b, n, h, d).transpose(1, 2)
+
+
+def _split(qkv, heads):
+    """(B,N,3*H*D) -> its q, k and v as views (B,H,N,D)."""
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _attention(q, k, v, scale, backend):
+    if _takes_triton(backend, q):
+        implementation = triton_attention
+    else:
+        implementation = native
+    if q.numel() and k.numel():
+        return implementation.attention_forward(q, k, v, scale)
+    # no query or no key: nothing to launch, and PyTorch's fused operator fails there
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
+    return _new_heads(q, *q.shape).zero_(), lse
+
+
+def _attention_into(grad, q, k, v, out, lse, scale, backend, grads):
+    if _takes_triton(backend, q):
+        implementation = triton_attention
+    else:
+        implementation = native
+    if q.numel() and k.numel():
+        implementation.attention_backward(grad, q, k, v, out, lse, scale, *grads)
+        if k.shape[2] == 1:  # a softmax over one key is constant; ds = p (dp - delta) is 0 but for rounding
+            grads[0].mul_(0)
+            grads[1].mul_(0)
+    else:
+        for g in grads:
+            g.zero_()
+
+
+def _attention_fake(q, k, v, scale, backend):
+    return _new_heads(q, *q.shape), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+
+
+def _attention_backward(grad, q, k, v, out, lse, scale, backend):
+    grads = _attention_backward_fake(grad, q, k, v, out, lse, scale, backend)
+    _attention_into(grad, q, k, v, out, lse, scale, backend, grads)
+    return grads
+
+
+def _attention_backward_fake(grad, q, k, v, out, lse, scale, backend):
+    return tuple(_new_heads(t, *t.shape) for t in (q, k, v))
+
+
+def _qkv_attention(qkv, heads, scale, backend):
+    out, lse = _attention(*_split(qkv, heads), scale, backend)
+    return out.transpose(1, 2).flatten(2), lse
+
+
+def _qkv_attention_fake(qkv, heads, scale, backend):
+    b, n, width = qkv.shape
+    return qkv.new_empty(b, n, width // 3), qkv.new_empty(b, heads, n, dtype=accumulator(qkv.dtype))
+
+
+def _qkv_attention_backward(grad, qkv, out, lse, heads, scale, backend):
+    dqkv = qkv.new_empty(qkv.shape)
+    grad, out = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (grad, out))
+    _attention_into(grad, *_split(qkv, heads), out, lse, scale, backend, _split(dqkv, heads))
+    return dqkv
+
+
+def _qkv_attention_backward_fake(grad, qkv, out, lse, heads, scale, backend):
+    return qkv.new_empty(qkv.shape)
+
+
+def _prenorm_implementation(x, weight, backend):
+    takes_triton = _takes_triton(backend, x) and _takes_triton(backend, weight)
+    return triton_prenorm if takes_triton and x.numel() and weight.numel() else native
+
+
+def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend):
+    implementation = _prenorm_implementation(x, weight, backend)
+    rows = x.reshape(-1, x.shape[-1])
+    y, z, mean, rstd = implementation.layer_norm_linear_forward(
+        rows, norm_weight, norm_bias, weight, bias, eps, activation, save
+    )
+    shape = (*x.shape[:-1], weight.shape[0])
+    return y.view(shape), weight.new_empty(0) if z is None else z.view(shape), mean, rstd
+
+
+def _layer_norm_linear_fake(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend):
+    shape = (*x.shape[:-1], weight.shape[0])
+    statistics = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype)).view(-1)
+    z = weight.new_empty(shape) if save else weight.new_empty(0)
+    return weight.new_empty(shape), z, statistics, torch.empty_like(statistics)
+
+
+def _layer_norm_linear_backward(
+    grad, x, norm_weight, norm_bias, weight, bias, z, mean, rstd, eps, activation, need_dx, need_dw, backend
+):
+    implementation = _prenorm_implementation(x, weight, backend)
+    n, k = weight.shape
+    dx, dw = implementation.layer_norm_linear_backward(
+        grad.reshape(-1, n), x.reshape(-1, k), norm_weight, norm_bias, weight, bias, z.view(-1, n), mean, rstd,
+        eps, activation, need_dx, need_dw,
+    )  # fmt: skip
+    none = x.new_empty(0)
+    return none if dx is None else dx.view(x.shape), *(none if d is None else d for d in dw or (None,) * 4)
+
+
+def _layer_norm_linear_backward_fake(
+    grad, x, norm_weight, norm_bias, weight, bias, z, mean, rstd, eps, activation, need_dx, need_dw, backend
+):
+    parameters = (norm_weight, norm_bias, weight, bias)
+    dx = x.new_empty(x.shape if need_dx else 0)
+    return dx, *(x.new_empty(0) if t is None or not need_dw else t.new_empty(t.shape) for t in parameters)
+
+
+attention = _operator(
+    "attention(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor out, Tensor lse)",
+    _attention,
+    _attention_fake,
+)
+attention_backward = _operator(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str backend)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    _attention_backward,
+    _attention_backward_fake,
+)
+qkv_attention = _operator(
+    "qkv_attention(Tensor qkv, SymInt heads, float scale, str backend) -> (Tensor out, Tensor lse)",
+    _qkv_attention,
+    _qkv_attention_fake,
+)
+qkv_attention_backward = _operator(
+    "qkv_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, SymInt heads, float scale, str backend)"
+    " -> Tensor dqkv",
+    _qkv_attention_backward,
+    _qkv_attention_backward_fake,
+)
+layer_norm_linear = _operator(
+    "layer_norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, float eps,"
+    " str? activation, bool save_preactivation, str backend)"
+    " -> (Tensor y, Tensor preactivation, Tensor mean, Tensor rstd)",
+    _layer_norm_linear,
+    _layer_norm_linear_fake,
+)
+layer_norm_linear_backward = _operator(
+    "layer_norm_linear_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight,"
+    " Tensor? bias, Tensor preactivation, Tensor mean, Tensor rstd, float eps, str? activation, bool need_dx,"
+    " bool need_dw, str backend)"
+    " -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)",
+    _layer_norm_linear_backward,
+    _layer_norm_linear_backward_fake,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients. The backward operators are differentiable too, through the plain formulas (which do make an N x N map).
+
+
+def _differentiate_twice(function, grad, inputs, grads_of_gradients):
+    """The gradients, with respect to grad and each input, of sum(grads_of_gradients * gradients of `function`)."""
+    with torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_() for t in (grad, *inputs)]
+        asked = [
+            (t, gg) for t, gg in zip(leaves[1:], grads_of_gradients, strict=True) if t is not None and gg is not None
+        ]
+        first = torch.autograd.grad(function(*leaves[1:]), [t for t, _ in asked], leaves[0], create_graph=True)
+        wrt = [t for t in leaves if t is not None]
+        second = iter(torch.autograd.grad(first, wrt, [gg for _, gg in asked], allow_unused=True))
+    return [None if t is None else next(second) for t in leaves]
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_grad(ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
+    return *attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None
+
+
+def _attention_backward_setup(ctx, inputs, output):
+    grad, q, k, v, _, _, ctx.scale, _ = inputs
+    ctx.save_for_backward(grad, q, k, v)
+
+
+def _attention_backward_grad(ctx, *grads_of_gradients):
+    grad, *inputs = ctx.saved_tensors
+
+    def function(q, k, v):
+        return reference.attention(q, k, v, scale=ctx.scale)
+
+    return *_differentiate_twice(function, grad, inputs, grads_of_gradients), None, None, None, None
+
+
+def _qkv_attention_setup(ctx, inputs, output):
+    qkv, ctx.heads, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _qkv_attention_grad(ctx, grad, _):
+    if grad is None:
+        return (None,) * 4
+    return qkv_attention_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend), None, None, None
+
+
+def _qkv_attention_backward_setup(ctx, inputs, output):
+    grad, qkv, _, _, ctx.heads, ctx.scale, _ = inputs
+    ctx.save_for_backward(grad, qkv)
+
+
+def _qkv_attention_backward_grad(ctx, grad_of_gradient):
+    grad, qkv = ctx.saved_tensors
+
+    def function(qkv):
+        return reference.qkv_attention(qkv, ctx.heads, scale=ctx.scale)
+
+    return *_differentiate_twice(function, grad, [qkv], [grad_of_gradient]), None, None, None, None, None
+
+
+def _layer_norm_linear_setup(ctx, inputs, output):
+    x, norm_weight, norm_bias, weight, bias, ctx.eps, ctx.activation, save, ctx.backend = inputs
+    y, preactivation, mean, rstd = output
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, preactivation if save else y, mean, rstd)
+    ctx.mark_non_differentiable(preactivation, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _layer_norm_linear_grad(ctx, grad, *_):
+    need_dx, *need_dw = ctx.needs_input_grad[:5]
+    if grad is None:
+        return (None,) * 9
+    grads = layer_norm_linear_backward(
+        grad, *ctx.saved_tensors, ctx.eps, ctx.activation, need_dx, any(need_dw), ctx.backend
+    )
+    needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
+    return *(g if need else None for g, need in needed), None, None, None, None
+
+
+def _layer_norm_linear_backward_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.eps, ctx.activation, ctx.need_dx, ctx.need_dw, _ = inputs[9:]
+
+
+def _layer_norm_linear_backward_grad(ctx, *grads_of_gradients):
+    grad, *inputs = ctx.saved_tensors
+
+    def function(*inputs):
+        return reference.layer_norm_linear(*inputs, eps=ctx.eps, activation=ctx.activation)
+
+    needed = (ctx.need_dx, *(ctx.need_dw,) * 4)
+    grads_of_gradients = [gg if need else None for gg, need in zip(grads_of_gradients, needed, strict=True)]
+    return *_differentiate_twice(function, grad, inputs, grads_of_gradients), *(None,) * 8
+
+
+for _op, _setup, _grad in (
+    (attention, _attention_setup, _attention_grad),
+    (attention_backward, _attention_backward_setup, _attention_backward_grad),
+    (qkv_attention, _qkv_attention_setup, _qkv_attention_grad),
+    (qkv_attention_backward, _qkv_attention_backward_setup, _qkv_attention_backward_grad),
+    (layer_norm_linear, _layer_norm_linear_setup, _layer_norm_linear_grad),
+    (layer_norm_linear_backward, _layer_norm_linear_backward_setup, _layer_norm_linear_backward_grad),
+):
+    torch.library.register_autograd(_op.default, _grad, setup_context=_setup, lib=library)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Floating-point operations of the matrix products, for torch.utils.flop_counter (2 per multiply-add); what a backward
+# pass recomputes counts, as it does for PyTorch's own fused attention.
+
+
+@register_flop_formula(attention)
+def _attention_flops(q, k, *args, **kwargs):
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+@register_flop_formula(attention_backward)
+def _attention_backward_flops(grad, q, k, *args, **kwargs):
+    return 10 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+@register_flop_formula(qkv_attention)
+def _qkv_attention_flops(qkv, *args, **kwargs):
+    return 4 * qkv[0] * qkv[1] ** 2 * (qkv[2] // 3)
+
+
+@register_flop_formula(qkv_attention_backward)
+def _qkv_attention_backward_flops(grad, qkv, *args, **kwargs):
+    return 10 * qkv[0] * qkv[1] ** 2 * (qkv[2] // 3)
+
+
+@register_flop_formula(layer_norm_linear)
+def _layer_norm_linear_flops(x, norm_weight, norm_bias, weight, *args, **kwargs):
+    return 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(layer_norm_linear_backward)
+def _layer_norm_linear_backward_flops(grad, x, norm_weight, norm_bias, weight, *args, **kwargs):
+    need_dx, need_dw = args[7:9]
+    return 2 * math.prod(x) * weight[0] * (need_dx + need_dw)
