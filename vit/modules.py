@@ -1,0 +1,113 @@
+"""Drop-ins for the plain blocks, on the fused functions of vitriton.kernels.
+
+Each is its plain block with another forward: the same arguments, parameters, state_dict keys, submodules and dropout.
+Where a submodule that the fused call would skip is not what it was (a hook, a forward of its own, another class: LoRA,
+quantised, parametrised), the modules are called one by one as in the plain block, so hooks see what they always saw.
+A hook on every module (torch.nn.modules.module.register_module_forward_hook, torch's FlopCounterMode) counts as such.
+"""
+
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..kernels import layer_norm_linear, qkv_attention
+from .reference import Attention, FeedForward, PreNorm
+
+__all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
+
+ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # nn.GELU's approximate -> layer_norm_linear's activation
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # the last under torch.export; other subclasses act as they like
+
+
+class FusedAttention(Attention):
+    """`Attention` that makes no n x n map. (b, n, dim) -> (b, n, dim); head dims 8 to 256.
+
+    `norm`, if given, is a LayerNorm to apply to x first, in the same kernel as `to_qkv`. Raises what `qkv_attention`
+    raises, ValueError for another head dim among it.
+    """
+
+    plain = Attention  # whose forward holds wherever this one cannot replace it
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        if not self._only_softmax():
+            return self.plain.forward(self, x if norm is None else norm(x))
+        qkv = None if norm is None else merged(x, norm, self.to_qkv)
+        if qkv is None:
+            qkv = self.to_qkv(x if norm is None else norm(x))
+        return self.to_out(qkv_attention(qkv, self.heads, scale=self.scale))
+
+    def _only_softmax(self):
+        """Whether nothing but softmax stands between the scores and their product with v, and nobody looks at it."""
+        attend = self.attend
+        if not (untouched(attend, nn.Softmax) and attend.dim == -1):
+            return False
+        dropout = self._modules.get("dropout")  # vit-pytorch 1.0 to 1.3 drops attention weights while training
+        return dropout is None or (untouched(dropout, nn.Dropout) and not (dropout.training and dropout.p))
+
+
+class FusedFeedForward(FeedForward):
+    """`FeedForward` that can take a LayerNorm in. (..., dim) -> (..., dim).
+
+    `norm`, if given, is a LayerNorm to apply to x first, in the same kernel as the first Linear and GELU. Without it
+    there is nothing to fuse, and this is the plain block.
+    """
+
+    plain = FeedForward
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        if norm is None:
+            return self.plain.forward(self, x)
+        hidden = None
+        if untouched(self.net, nn.Sequential):
+            linear, gelu, *rest = self.net
+            if untouched(gelu, nn.GELU):
+                hidden = merged(x, norm, linear, ACTIVATIONS[gelu.approximate])
+        if hidden is None:
+            return self.plain.forward(self, norm(x))
+        for module in rest:
+            hidden = module(hidden)
+        return hidden
+
+
+class FusedPreNorm(PreNorm):
+    """`PreNorm` that hands its LayerNorm to `fn`, if that is a block of this file. (..., dim) -> (..., dim).
+
+    Around any other `fn`, with keyword arguments for it, or where a hook on `fn` would miss the normalised x, it is
+    the plain block.
+    """
+
+    plain = PreNorm
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        fn = self.fn
+        if kwargs or not takes_norm(fn) or not untouched(fn, type(fn)):
+            return self.plain.forward(self, x, **kwargs)
+        return fn(x, norm=self.norm)
+
+
+def takes_norm(module):
+    """Whether `module` is a block of this file, or a subclass that kept its forward."""
+    return type(module).forward in (FusedAttention.forward, FusedFeedForward.forward)
+
+
+def untouched(module, kind):
+    """Whether `module` is a `kind` and no subclass of it, with no hook on it and no forward of its own."""
+    return (
+        type(module) is kind
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and "forward" not in module.__dict__
+        and not _has_any_global_hook()
+    )
+
+
+def merged(x, norm, linear, activation=None):
+    """activation(linear(norm(x))) in one call; None where that is not surely what calling the modules one by one is."""
+    if not (untouched(norm, nn.LayerNorm) and untouched(linear, nn.Linear) and len(norm.normalized_shape) == 1):
+        return None
+    # read from the dicts in which nn.Module keeps them: by attribute each takes a microsecond
+    norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    if not (type(norm_weight) in PLAIN_TENSORS and type(norm_bias) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS):
+        return None
+    return layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=norm.eps, activation=activation)
