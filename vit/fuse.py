@@ -7,7 +7,6 @@ same form is not guessed from its name: its forward must be one of the spellings
 for instruction, and the module's children exactly the expected ones. All else is left alone, and the report says why.
 """
 
-import builtins
 import dis
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from einops import rearrange
 from torch import einsum, nn
 
 from ..kernels.functions import MAX_HEAD_DIM, MIN_HEAD_DIM
-from .modules import ACTIVATIONS, FusedAttention, FusedFeedForward, FusedPreNorm, takes_norm
+from .modules import FusedAttention, FusedFeedForward, FusedPreNorm, takes_norm
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["Block", "FuseReport", "fuse", "unfuse"]
@@ -126,7 +125,7 @@ def _fused_class(plain, form):
 def _reduce(module, protocol):
     """Pickle and copy by the plain class, as a class that is made here cannot be found by its name."""
     form = next(fused for fused in FUSED if isinstance(module, fused))
-    _, _, *state = object.__reduce_ex__(module, max(protocol, 2))
+    _, _, *state = object.__reduce_ex__(module, protocol)
     return _new, (type(module).plain, form), *state
 
 
@@ -213,12 +212,7 @@ def _why_not_attention(module):
 
 
 def _why_not_feed_forward(module):
-    layers = nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout
-    if why_not := _unlike_sequence("net", module.net, *layers):
-        return why_not
-    if module.net[1].approximate not in ACTIVATIONS:
-        return f"net.1 is a GELU with approximate={module.net[1].approximate!r}"
-    return None
+    return _unlike_sequence("net", module.net, nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout)
 
 
 def _why_not_pre_norm(module):
@@ -275,12 +269,13 @@ def _blocks(count):
 
 
 def _same_function(function, spelling):
-    """Whether two functions do the same: the same instructions on the same globals, with no defaults or closure."""
-    if type(function) is not FunctionType or function.__defaults__ or function.__kwdefaults__ or function.__closure__:
+    """Whether two functions do the same: the same instructions on the same globals, without default arguments."""
+    if type(function) is not FunctionType or function.__defaults__ or function.__kwdefaults__:
         return False
     if _instructions(function.__code__) != _instructions(spelling.__code__):
         return False
-    return all(_global(function, name) is _global(spelling, name) for name in _global_names(spelling.__code__))
+    names = _global_names(spelling.__code__)  # a builtin is in neither's globals
+    return all(function.__globals__.get(name) is spelling.__globals__.get(name) for name in names)
 
 
 def _instructions(code):
@@ -302,10 +297,6 @@ def _instructions(code):
 def _global_names(code):
     nested = [_global_names(const) for const in code.co_consts if isinstance(const, CodeType)]
     return {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}.union(*nested)
-
-
-def _global(function, name):
-    return function.__globals__.get(name, getattr(builtins, name, None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
