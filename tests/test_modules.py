@@ -10,25 +10,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from fused_blocks import assert_within_rounding, called, randomise, run
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 from vitriton.kernels import use_backend
 from vitriton.kernels.reference import compare
 from vitriton.vit.modules import FusedAttention, FusedFeedForward, FusedPreNorm
 from vitriton.vit.reference import Attention, FeedForward, PreNorm
 
 FUSED = {Attention: FusedAttention, FeedForward: FusedFeedForward, PreNorm: FusedPreNorm}
-
-
-def randomise(module):
-    """Random LayerNorm weights and biases: ones and zeros hide errors."""
-    with torch.no_grad():
-        for norm in module.modules():
-            if isinstance(norm, nn.LayerNorm):
-                norm.weight.normal_()
-                norm.bias.normal_()
-    return module
 
 
 def attention(dim=24, heads=3, dim_head=8, dropout=0.0):
@@ -47,47 +37,11 @@ def fused(plain):
     return module
 
 
-def run(module, x, grad):
-    """The output, and the gradients of x and of every parameter, by name."""
-    x = x.detach().clone().requires_grad_()
-    module.zero_grad()
-    output = module(x)
-    output.backward(grad.to(output.dtype))
-    grads = {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
-    return {"output": output.detach(), "gradient of x": x.grad, **grads}
-
-
 def assert_alike(module, plain, x):
     """`module` is as near to `plain` in fp64 as `plain` in its own dtype is, by the tolerance rule."""
     grad = torch.randn_like(plain(x))
-    result, base = run(module, x, grad), run(plain, x, grad)
     gold = run(copy.deepcopy(plain).double(), x.double(), grad.double())
-    assert result.keys() == base.keys() == gold.keys()
-    for name in gold:
-        assert result[name].dtype == base[name].dtype, name
-        error = compare(name, result[name], base[name], gold[name], k=2 if name == "output" else 3)
-        assert error, str(error)
-
-
-class Called(TorchDispatchMode):
-    """Counts the operators called, by name: Called.names["qkv_attention"]."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split("::")[1].split(".")[0]
-        self.names[name] = self.names.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
-def called(module, *args):
-    """How often the forward pass calls each fused operator, and each plain one that these replace."""
-    with use_backend("native"), torch.no_grad(), Called() as calls:
-        module(*args)
-    interesting = ("layer_norm_linear", "qkv_attention", "native_layer_norm", "_softmax", "gelu")
-    return {name: calls.names[name] for name in interesting if name in calls.names}
+    assert_within_rounding(run(module, x, grad), run(plain, x, grad), gold)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
