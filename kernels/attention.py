@@ -1,13 +1,13 @@
 """Attention as Triton kernels, forward and backward (Dao 2023, FlashAttention-2).
 
-    s = scale q kᵀ        p = softmax(s)        out = p v        lse = log Σ exp s
+    s = scale q kᵀ        p = softmax(s)        out = p v        lse = log₂ Σ exp s
     delta = Σ_d dout ⊙ out        ds = p ⊙ (dout vᵀ - delta)
     dq = scale ds k        dk = scale dsᵀ q        dv = pᵀ dout
 
-q and out are (B,H,Nq,D), k and v (B,H,Nk,D). The forward pass walks over tiles of keys with a running maximum and sum, so
-that no (Nq,Nk) map exists; the backward pass makes p again from lse, which is all that is kept beside q, k, v and out.
-Sequences are cut into whole tiles, which carry no mask along the sequence, and one tail as narrow as 16. Head dims are
-cut into two powers of two, D0 + D1: 80 costs 64 + 16, not 128. The second part of a tile is 0.0 where D1 is 0.
+q and out are (B,H,Nq,D), k and v (B,H,Nk,D). The forward pass walks over tiles of keys with a running maximum and sum,
+so that no (Nq,Nk) map exists; the backward pass makes p again from lse, which is all that is kept beside q, k, v and
+out. Sequences are cut into whole tiles, which carry no mask along the sequence, and one tail as narrow as 16. Head dims
+are cut into two powers of two, D0 + D1: 80 costs 64 + 16, not 128. The second part of a tile is 0.0 where D1 is 0.
 """
 
 import math
@@ -15,12 +15,11 @@ import math
 import triton
 import triton.language as tl
 
-from .configs import attention_backward_config, attention_forward_config, head_dim_parts
-from .launch import accumulator, alignment, cdiv, chip_of, dot_precision, launch, tail, tl_accumulator
-from .tiles import load_tile, store_tile
+from . import configs
+from .launch import accumulator, cdiv, chip_of, dot_precision, launch, layout, tail, tl_accumulator
+from .tiles import load_tile, row_offset, store_tile
 
-LOG2E = tl.constexpr(math.log2(math.e))  # exponents are of 2: scores come multiplied by scale_log2e = scale log2 e
-LN2 = tl.constexpr(math.log(2.0))
+LOG2E = math.log2(math.e)  # exponents are of 2: scores are multiplied by scale_log2e = scale LOG2E
 # Below every score, but finite: -inf would make NaN of -inf - -inf where all scores of a tile are -inf.
 LOWEST = tl.constexpr(-3.4e38)
 
@@ -28,14 +27,14 @@ LOWEST = tl.constexpr(-3.4e38)
 @triton.jit
 def _load_parts(
     x_ptr, rows, row_end, stride_n, stride_d,
-    MASK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    MASK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """x[rows, :] as two parts, (ROWS, D0) and (ROWS, D1), with 0 from row_end on (if MASK) and from D on."""
     cols = tl.arange(0, D0)
-    x0 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN)
+    x0 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET)
     if D1 > 0:
         cols = D0 + tl.arange(0, D1)
-        x1 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN)
+        x1 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET)
     else:
         x1 = 0.0
     return x0, x1
@@ -44,11 +43,13 @@ def _load_parts(
 @triton.jit
 def _store_parts(
     x_ptr, x0, x1, rows, row_end, stride_n, stride_d,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    MASK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    store_tile(x_ptr, x0, rows, row_end, tl.arange(0, D0), D, stride_n, stride_d, ALIGN)
+    store_tile(x_ptr, x0, rows, row_end, tl.arange(0, D0), D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET)
     if D1 > 0:
-        store_tile(x_ptr, x1, rows, row_end, D0 + tl.arange(0, D1), D, stride_n, stride_d, ALIGN)
+        store_tile(
+            x_ptr, x1, rows, row_end, D0 + tl.arange(0, D1), D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET
+        )
 
 
 @triton.jit
@@ -81,8 +82,8 @@ def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISI
 
 
 @triton.jit
-def _head_offset(bh, H, stride_b, stride_h, ALIGN: tl.constexpr):
-    return tl.multiple_of((bh // H).to(tl.int64) * stride_b + (bh % H).to(tl.int64) * stride_h, ALIGN)
+def _head_offset(b, h, stride_b, stride_h, ALIGN: tl.constexpr):
+    return tl.multiple_of(b * stride_b + h * stride_h, ALIGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,13 +94,13 @@ def _head_offset(bh, H, stride_b, stride_h, ALIGN: tl.constexpr):
 def _fwd_keys(
     q0, q1, k_ptr, v_ptr, acc0, acc1, row_max, row_sum, key_end, scale_log2e,
     stride_kn, stride_kd, stride_vn, stride_vd,
-    KEYS: tl.constexpr, MASK: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    KEYS: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the running maximum (of s log2 e), sum and output of each query, updated."""
+    """One tile of keys: the running maximum (of s log2 e), sum and output of each query; if FIRST, not yet set."""
     keys = tl.arange(0, KEYS)
-    k0, k1 = _load_parts(k_ptr, keys, key_end, stride_kn, stride_kd, MASK, D, D0, D1, ALIGN)
+    k0, k1 = _load_parts(k_ptr, keys, key_end, stride_kn, stride_kd, MASK, D, D0, D1, ALIGN, OFFSET)
     s = _dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION)  # (M, KEYS)
     if MASK:
         s = tl.where(keys[None, :] < key_end, s * scale_log2e, -float("inf"))
@@ -108,50 +109,57 @@ def _fwd_keys(
     else:
         new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2e)
         p = tl.exp2(s * scale_log2e - new_max[:, None])  # one FMA and one exp2 a pair
-    alpha = tl.exp2(row_max - new_max)
-    row_sum = row_sum * alpha + tl.sum(p, 1)
-    acc0 = acc0 * alpha[:, None]
-    if D1 > 0:
-        acc1 = acc1 * alpha[:, None]
-    v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, MASK, D, D0, D1, ALIGN)
+    if FIRST:
+        row_sum = tl.sum(p, 1)
+    else:
+        alpha = tl.exp2(row_max - new_max)
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        acc0 = acc0 * alpha[:, None]
+        if D1 > 0:
+            acc1 = acc1 * alpha[:, None]
+    v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, MASK, D, D0, D1, ALIGN, OFFSET)
     acc0, acc1 = _add_dot(acc0, acc1, p, v0, v1, D1, ACC, PRECISION)
     return acc0, acc1, new_max, row_sum
 
 
 @triton.jit
 def _fwd_queries(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, row_start, NQ, NK, scale_log2e,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ, NK, scale_log2e,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
     M: tl.constexpr, MASK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The queries row_start to row_start + M of one head, with all keys."""
-    rows = row_start + tl.arange(0, M)
-    q0, q1 = _load_parts(q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, D, D0, D1, ALIGN)
+    """The first M of NQ queries from q_ptr, with all keys."""
+    rows = tl.arange(0, M)
+    q0, q1 = _load_parts(q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, D, D0, D1, ALIGN, OFFSET)
     if NEGATE:  # a negative scale would turn the maximum into a minimum
         q0 = -q0
         q1 = -q1
     acc0, acc1 = _zero_parts(M, D0, D1, ACC)
     row_max = tl.full((M,), LOWEST, ACC)
     row_sum = tl.zeros((M,), ACC)
+    if TAIL_N > 0:  # first, while there is nothing to rescale
+        whole = NK - NK % BLOCK_N
+        acc0, acc1, row_max, row_sum = _fwd_keys(
+            q0, q1, k_ptr + row_offset(whole, stride_kn, ALIGN), v_ptr + row_offset(whole, stride_vn, ALIGN),
+            acc0, acc1, row_max, row_sum, NK % BLOCK_N, scale_log2e, stride_kn, stride_kd, stride_vn, stride_vd,
+            TAIL_N, True, True, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+        )  # fmt: skip
     for _ in range(0, NK // BLOCK_N):
         acc0, acc1, row_max, row_sum = _fwd_keys(
             q0, q1, k_ptr, v_ptr, acc0, acc1, row_max, row_sum, BLOCK_N, scale_log2e,
-            stride_kn, stride_kd, stride_vn, stride_vd, BLOCK_N, False, D, D0, D1, ALIGN, ACC, PRECISION,
+            stride_kn, stride_kd, stride_vn, stride_vd,
+            BLOCK_N, False, False, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
-        k_ptr += BLOCK_N * stride_kn
-        v_ptr += BLOCK_N * stride_vn
-    if TAIL_N > 0:
-        acc0, acc1, row_max, row_sum = _fwd_keys(
-            q0, q1, k_ptr, v_ptr, acc0, acc1, row_max, row_sum, NK % BLOCK_N, scale_log2e,
-            stride_kn, stride_kd, stride_vn, stride_vd, TAIL_N, True, D, D0, D1, ALIGN, ACC, PRECISION,
-        )  # fmt: skip
-    acc0 = acc0 / row_sum[:, None]
-    if D1 > 0:
-        acc1 = acc1 / row_sum[:, None]
-    _store_parts(out_ptr, acc0, acc1, rows, NQ, stride_on, stride_od, D, D0, D1, ALIGN)
-    tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN2, mask=rows < NQ)
+        k_ptr += tl.cast(BLOCK_N, OFFSET) * stride_kn
+        v_ptr += tl.cast(BLOCK_N, OFFSET) * stride_vn
+    share = 1.0 / row_sum
+    _store_parts(
+        out_ptr, acc0 * share[:, None], acc1 * share[:, None] if D1 > 0 else acc1, rows, NQ, stride_on, stride_od,
+        MASK_M, D, D0, D1, ALIGN, OFFSET,
+    )  # fmt: skip
+    tl.store(lse_ptr + rows, row_max + tl.log2(row_sum), mask=rows < NQ)
 
 
 @triton.jit
@@ -163,29 +171,28 @@ def _attention_fwd_kernel(
     stride_ob, stride_oh, stride_on, stride_od,
     H, NQ, NK, scale_log2e,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK_M rows of out and lse of one head; the last of a head makes the TAIL_M rows left over."""
-    blocks = tl.cdiv(NQ, BLOCK_M)
-    bh = tl.program_id(0) // blocks
-    row_start = (tl.program_id(0) % blocks) * BLOCK_M
-    q_ptr += _head_offset(bh, H, stride_qb, stride_qh, ALIGN)
-    k_ptr += _head_offset(bh, H, stride_kb, stride_kh, ALIGN)
-    v_ptr += _head_offset(bh, H, stride_vb, stride_vh, ALIGN)
-    out_ptr += _head_offset(bh, H, stride_ob, stride_oh, ALIGN)
-    lse_ptr += bh.to(tl.int64) * NQ
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row_start = tl.program_id(1) * BLOCK_M
+    q_ptr += _head_offset(b, h, stride_qb, stride_qh, ALIGN) + row_offset(row_start, stride_qn, ALIGN)
+    k_ptr += _head_offset(b, h, stride_kb, stride_kh, ALIGN)
+    v_ptr += _head_offset(b, h, stride_vb, stride_vh, ALIGN)
+    out_ptr += _head_offset(b, h, stride_ob, stride_oh, ALIGN) + row_offset(row_start, stride_on, ALIGN)
+    lse_ptr += (b * H + h) * NQ + row_start
     if TAIL_M < BLOCK_M and (TAIL_M == 0 or row_start + BLOCK_M <= NQ):
         _fwd_queries(
-            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, row_start, NQ, NK, scale_log2e,
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            BLOCK_M, False, BLOCK_N, TAIL_N, NEGATE, D, D0, D1, ALIGN, ACC, PRECISION,
+            BLOCK_M, False, BLOCK_N, TAIL_N, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
     elif TAIL_M > 0:
         _fwd_queries(
-            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, row_start, NQ, NK, scale_log2e,
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            TAIL_M, True, BLOCK_N, TAIL_N, NEGATE, D, D0, D1, ALIGN, ACC, PRECISION,
+            TAIL_M, True, BLOCK_N, TAIL_N, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
 
 
@@ -195,17 +202,17 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _bwd_dq_keys(
-    q0, q1, do0, do1, lse_log2e, delta, dq0, dq1, k_ptr, v_ptr, key_end, scale_log2e,
+    q0, q1, do0, do1, lse, delta, dq0, dq1, k_ptr, v_ptr, key_end, scale_log2e,
     stride_kn, stride_kd, stride_vn, stride_vd,
     KEYS: tl.constexpr, MASK: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: dq / scale, with what these keys add."""
     keys = tl.arange(0, KEYS)
-    k0, k1 = _load_parts(k_ptr, keys, key_end, stride_kn, stride_kd, MASK, D, D0, D1, ALIGN)
-    v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, MASK, D, D0, D1, ALIGN)
-    p = tl.exp2(_dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION) * scale_log2e - lse_log2e[:, None])  # (M, KEYS)
+    k0, k1 = _load_parts(k_ptr, keys, key_end, stride_kn, stride_kd, MASK, D, D0, D1, ALIGN, OFFSET)
+    v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, MASK, D, D0, D1, ALIGN, OFFSET)
+    p = tl.exp2(_dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION) * scale_log2e - lse[:, None])  # (M, KEYS)
     if MASK:  # a key that is not there has k = 0, yet p may be inf
         p = tl.where(keys[None, :] < key_end, p, 0.0)
     dp = _dot_parts(do0, do1, v0, v1, D1, ACC, PRECISION)
@@ -224,44 +231,47 @@ def _attention_bwd_dq_kernel(
     stride_dqb, stride_dqh, stride_dqn, stride_dqd,
     H, NQ, NK, scale, scale_log2e,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK_M rows of delta and dq of one head."""
-    blocks = tl.cdiv(NQ, BLOCK_M)
-    bh = tl.program_id(0) // blocks
-    rows = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += _head_offset(bh, H, stride_qb, stride_qh, ALIGN)
-    k_ptr += _head_offset(bh, H, stride_kb, stride_kh, ALIGN)
-    v_ptr += _head_offset(bh, H, stride_vb, stride_vh, ALIGN)
-    out_ptr += _head_offset(bh, H, stride_ob, stride_oh, ALIGN)
-    do_ptr += _head_offset(bh, H, stride_dob, stride_doh, ALIGN)
-    dq_ptr += _head_offset(bh, H, stride_dqb, stride_dqh, ALIGN)
-    lse_ptr += bh.to(tl.int64) * NQ
-    delta_ptr += bh.to(tl.int64) * NQ
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row_start = tl.program_id(1) * BLOCK_M
+    q_ptr += _head_offset(b, h, stride_qb, stride_qh, ALIGN) + row_offset(row_start, stride_qn, ALIGN)
+    k_ptr += _head_offset(b, h, stride_kb, stride_kh, ALIGN)
+    v_ptr += _head_offset(b, h, stride_vb, stride_vh, ALIGN)
+    out_ptr += _head_offset(b, h, stride_ob, stride_oh, ALIGN) + row_offset(row_start, stride_on, ALIGN)
+    do_ptr += _head_offset(b, h, stride_dob, stride_doh, ALIGN) + row_offset(row_start, stride_don, ALIGN)
+    dq_ptr += _head_offset(b, h, stride_dqb, stride_dqh, ALIGN) + row_offset(row_start, stride_dqn, ALIGN)
+    lse_ptr += (b * H + h) * NQ + row_start
+    delta_ptr += (b * H + h) * NQ + row_start
 
-    q0, q1 = _load_parts(q_ptr, rows, NQ, stride_qn, stride_qd, True, D, D0, D1, ALIGN)
-    do0, do1 = _load_parts(do_ptr, rows, NQ, stride_don, stride_dod, True, D, D0, D1, ALIGN)
-    out0, out1 = _load_parts(out_ptr, rows, NQ, stride_on, stride_od, True, D, D0, D1, ALIGN)
+    rows = tl.arange(0, BLOCK_M)
+    row_end = NQ - row_start
+    q0, q1 = _load_parts(q_ptr, rows, row_end, stride_qn, stride_qd, True, D, D0, D1, ALIGN, OFFSET)
+    do0, do1 = _load_parts(do_ptr, rows, row_end, stride_don, stride_dod, True, D, D0, D1, ALIGN, OFFSET)
+    out0, out1 = _load_parts(out_ptr, rows, row_end, stride_on, stride_od, True, D, D0, D1, ALIGN, OFFSET)
     delta = tl.sum(do0.to(ACC) * out0.to(ACC), 1)
     if D1 > 0:
         delta += tl.sum(do1.to(ACC) * out1.to(ACC), 1)
-    tl.store(delta_ptr + rows, delta, mask=rows < NQ)
-    lse_log2e = tl.load(lse_ptr + rows, mask=rows < NQ, other=0.0) * LOG2E
+    tl.store(delta_ptr + rows, delta, mask=rows < row_end)
+    lse = tl.load(lse_ptr + rows, mask=rows < row_end, other=0.0)
     dq0, dq1 = _zero_parts(BLOCK_M, D0, D1, ACC)
     for _ in range(0, NK // BLOCK_N):
         dq0, dq1 = _bwd_dq_keys(
-            q0, q1, do0, do1, lse_log2e, delta, dq0, dq1, k_ptr, v_ptr, BLOCK_N, scale_log2e,
-            stride_kn, stride_kd, stride_vn, stride_vd, BLOCK_N, False, D, D0, D1, ALIGN, ACC, PRECISION,
+            q0, q1, do0, do1, lse, delta, dq0, dq1, k_ptr, v_ptr, BLOCK_N, scale_log2e,
+            stride_kn, stride_kd, stride_vn, stride_vd, BLOCK_N, False, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
-        k_ptr += BLOCK_N * stride_kn
-        v_ptr += BLOCK_N * stride_vn
+        k_ptr += tl.cast(BLOCK_N, OFFSET) * stride_kn
+        v_ptr += tl.cast(BLOCK_N, OFFSET) * stride_vn
     if TAIL_N > 0:
         dq0, dq1 = _bwd_dq_keys(
-            q0, q1, do0, do1, lse_log2e, delta, dq0, dq1, k_ptr, v_ptr, NK % BLOCK_N, scale_log2e,
-            stride_kn, stride_kd, stride_vn, stride_vd, TAIL_N, True, D, D0, D1, ALIGN, ACC, PRECISION,
+            q0, q1, do0, do1, lse, delta, dq0, dq1, k_ptr, v_ptr, NK % BLOCK_N, scale_log2e,
+            stride_kn, stride_kd, stride_vn, stride_vd, TAIL_N, True, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
-    _store_parts(dq_ptr, dq0 * scale, dq1 * scale, rows, NQ, stride_dqn, stride_dqd, D, D0, D1, ALIGN)
+    _store_parts(
+        dq_ptr, dq0 * scale, dq1 * scale, rows, row_end, stride_dqn, stride_dqd, True, D, D0, D1, ALIGN, OFFSET
+    )
 
 
 @triton.jit
@@ -269,20 +279,20 @@ def _bwd_dkdv_queries(
     k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_ptr, do_ptr, lse_ptr, delta_ptr, row_end, scale_log2e,
     stride_qn, stride_qd, stride_don, stride_dod,
     ROWS: tl.constexpr, MASK: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: dk / scale and dv, with what these queries add. Tiles of p and ds are transposed here."""
     rows = tl.arange(0, ROWS)
-    q0, q1 = _load_parts(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, D, D0, D1, ALIGN)
-    do0, do1 = _load_parts(do_ptr, rows, row_end, stride_don, stride_dod, MASK, D, D0, D1, ALIGN)
+    q0, q1 = _load_parts(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, D, D0, D1, ALIGN, OFFSET)
+    do0, do1 = _load_parts(do_ptr, rows, row_end, stride_don, stride_dod, MASK, D, D0, D1, ALIGN, OFFSET)
     if MASK:  # a query that is not there gets p = exp2(-inf) = 0
         lse = tl.load(lse_ptr + rows, mask=rows < row_end, other=float("inf"))
         delta = tl.load(delta_ptr + rows, mask=rows < row_end, other=0.0)
     else:
         lse = tl.load(lse_ptr + rows)
         delta = tl.load(delta_ptr + rows)
-    p = tl.exp2(_dot_parts(k0, k1, q0, q1, D1, ACC, PRECISION) * scale_log2e - (lse * LOG2E)[None, :])  # (KEYS, ROWS)
+    p = tl.exp2(_dot_parts(k0, k1, q0, q1, D1, ACC, PRECISION) * scale_log2e - lse[None, :])  # (KEYS, ROWS)
     dv0, dv1 = _add_dot(dv0, dv1, p, do0, do1, D1, ACC, PRECISION)
     dp = _dot_parts(v0, v1, do0, do1, D1, ACC, PRECISION)
     ds = p * (dp - delta[None, :])
@@ -301,54 +311,58 @@ def _attention_bwd_dkdv_kernel(
     stride_dvb, stride_dvh, stride_dvn, stride_dvd,
     H, NQ, NK, scale, scale_log2e,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK_N rows of dk and dv of one head."""
-    blocks = tl.cdiv(NK, BLOCK_N)
-    bh = tl.program_id(0) // blocks
-    keys = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    q_ptr += _head_offset(bh, H, stride_qb, stride_qh, ALIGN)
-    k_ptr += _head_offset(bh, H, stride_kb, stride_kh, ALIGN)
-    v_ptr += _head_offset(bh, H, stride_vb, stride_vh, ALIGN)
-    do_ptr += _head_offset(bh, H, stride_dob, stride_doh, ALIGN)
-    dk_ptr += _head_offset(bh, H, stride_dkb, stride_dkh, ALIGN)
-    dv_ptr += _head_offset(bh, H, stride_dvb, stride_dvh, ALIGN)
-    lse_ptr += bh.to(tl.int64) * NQ
-    delta_ptr += bh.to(tl.int64) * NQ
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    key_start = tl.program_id(1) * BLOCK_N
+    q_ptr += _head_offset(b, h, stride_qb, stride_qh, ALIGN)
+    k_ptr += _head_offset(b, h, stride_kb, stride_kh, ALIGN) + row_offset(key_start, stride_kn, ALIGN)
+    v_ptr += _head_offset(b, h, stride_vb, stride_vh, ALIGN) + row_offset(key_start, stride_vn, ALIGN)
+    do_ptr += _head_offset(b, h, stride_dob, stride_doh, ALIGN)
+    dk_ptr += _head_offset(b, h, stride_dkb, stride_dkh, ALIGN) + row_offset(key_start, stride_dkn, ALIGN)
+    dv_ptr += _head_offset(b, h, stride_dvb, stride_dvh, ALIGN) + row_offset(key_start, stride_dvn, ALIGN)
+    lse_ptr += (b * H + h) * NQ
+    delta_ptr += (b * H + h) * NQ
 
-    k0, k1 = _load_parts(k_ptr, keys, NK, stride_kn, stride_kd, True, D, D0, D1, ALIGN)
-    v0, v1 = _load_parts(v_ptr, keys, NK, stride_vn, stride_vd, True, D, D0, D1, ALIGN)
+    keys = tl.arange(0, BLOCK_N)
+    key_end = NK - key_start
+    k0, k1 = _load_parts(k_ptr, keys, key_end, stride_kn, stride_kd, True, D, D0, D1, ALIGN, OFFSET)
+    v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, True, D, D0, D1, ALIGN, OFFSET)
     dk0, dk1 = _zero_parts(BLOCK_N, D0, D1, ACC)
     dv0, dv1 = _zero_parts(BLOCK_N, D0, D1, ACC)
     for _ in range(0, NQ // BLOCK_M):
         dk0, dk1, dv0, dv1 = _bwd_dkdv_queries(
             k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_ptr, do_ptr, lse_ptr, delta_ptr, BLOCK_M, scale_log2e,
-            stride_qn, stride_qd, stride_don, stride_dod, BLOCK_M, False, D, D0, D1, ALIGN, ACC, PRECISION,
+            stride_qn, stride_qd, stride_don, stride_dod, BLOCK_M, False, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
-        q_ptr += BLOCK_M * stride_qn
-        do_ptr += BLOCK_M * stride_don
+        q_ptr += tl.cast(BLOCK_M, OFFSET) * stride_qn
+        do_ptr += tl.cast(BLOCK_M, OFFSET) * stride_don
         lse_ptr += BLOCK_M
         delta_ptr += BLOCK_M
     if TAIL_M > 0:
         dk0, dk1, dv0, dv1 = _bwd_dkdv_queries(
             k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_ptr, do_ptr, lse_ptr, delta_ptr, NQ % BLOCK_M, scale_log2e,
-            stride_qn, stride_qd, stride_don, stride_dod, TAIL_M, True, D, D0, D1, ALIGN, ACC, PRECISION,
+            stride_qn, stride_qd, stride_don, stride_dod, TAIL_M, True, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
-    _store_parts(dk_ptr, dk0 * scale, dk1 * scale, keys, NK, stride_dkn, stride_dkd, D, D0, D1, ALIGN)
-    _store_parts(dv_ptr, dv0, dv1, keys, NK, stride_dvn, stride_dvd, D, D0, D1, ALIGN)
+    _store_parts(
+        dk_ptr, dk0 * scale, dk1 * scale, keys, key_end, stride_dkn, stride_dkd, True, D, D0, D1, ALIGN, OFFSET
+    )
+    _store_parts(dv_ptr, dv0, dv1, keys, key_end, stride_dvn, stride_dvd, True, D, D0, D1, ALIGN, OFFSET)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 
 
-def _common(x, d, *tensors):
+def _common(x, d, rows, *tensors):
     """The compile-time arguments that every kernel here takes."""
-    d0, d1 = head_dim_parts(d)
+    d0, d1 = configs.head_dim_parts(d, rows)
     return {
         "D": d, "D0": d0, "D1": d1,
-        "ALIGN": alignment(*tensors), "ACC": tl_accumulator(x.dtype), "PRECISION": dot_precision(x.dtype),
+        **layout(*tensors),
+        "ACC": tl_accumulator(x.dtype), "PRECISION": dot_precision(x.dtype),
     }  # fmt: skip
 
 
@@ -357,12 +371,13 @@ def attention_forward(q, k, v, scale):
     (b, h, nq, d), nk = q.shape, k.shape[2]
     out = q.new_empty(b, nq, h, d).transpose(1, 2)
     lse = q.new_empty(b, h, nq, dtype=accumulator(q.dtype))
-    tiles = attention_forward_config(chip_of(q.device), q.dtype, d, nq, nk)
+    tiles = configs.tiles("attention_fwd", chip_of(q.device), q.dtype, d)
     launch(
-        _attention_fwd_kernel, (b * h * cdiv(nq, tiles.BLOCK_M),),
-        q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk, abs(scale) * LOG2E.value,
+        _attention_fwd_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),
+        q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk, abs(scale) * LOG2E,
         BLOCK_M=tiles.BLOCK_M, TAIL_M=tail(nq, tiles.BLOCK_M), BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
-        NEGATE=scale < 0, **_common(q, d, q, k, v, out), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        NEGATE=scale < 0, **_common(q, d, tiles.BLOCK_M, q, k, v, out),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse
 
@@ -372,21 +387,22 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     (b, h, nq, d), nk = q.shape, k.shape[2]
     lse = lse.contiguous()
     delta = lse.new_empty(lse.shape)
-    common = _common(q, d, q, k, v, out, grad, dq, dk, dv)
-    tiles = attention_backward_config(chip_of(q.device), q.dtype, d)
+    tensors = (q, k, v, out, grad, dq, dk, dv)
+    tiles = configs.tiles("attention_bwd_dq", chip_of(q.device), q.dtype, d)
     launch(
-        _attention_bwd_dq_kernel, (b * h * cdiv(nq, tiles.BLOCK_M),),
+        _attention_bwd_dq_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),
         q, k, v, out, grad, lse, delta, dq,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *grad.stride(), *dq.stride(),
-        h, nq, nk, scale, scale * LOG2E.value,
+        h, nq, nk, scale, scale * LOG2E,
         BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
-        **common, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **_common(q, d, tiles.BLOCK_M, *tensors), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+    tiles = configs.tiles("attention_bwd_dkdv", chip_of(q.device), q.dtype, d)
     launch(
-        _attention_bwd_dkdv_kernel, (b * h * cdiv(nk, tiles.BLOCK_N),),
+        _attention_bwd_dkdv_kernel, (b, cdiv(nk, tiles.BLOCK_N), h),
         q, k, v, grad, lse, delta, dk, dv,
         *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
-        h, nq, nk, scale, scale * LOG2E.value,
+        h, nq, nk, scale, scale * LOG2E,
         BLOCK_M=tiles.BLOCK_M, TAIL_M=tail(nq, tiles.BLOCK_M), BLOCK_N=tiles.BLOCK_N,
-        **common, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **_common(q, d, tiles.BLOCK_N, *tensors), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

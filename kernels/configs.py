@@ -1,4 +1,7 @@
-"""Which tile sizes, warps and stages each kernel runs with: one table, with the reason for each row."""
+"""Which tile sizes, warps and stages each kernel runs with: one table, with the reason for each row.
+
+Counts and spills are those of kernels compiled ahead of time by aot.py; nothing here was measured on a GPU.
+"""
 
 from dataclasses import dataclass
 
@@ -7,46 +10,93 @@ from .launch import cdiv, next_power_of_2
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes over (BLOCK_M, BLOCK_N) outputs (attention: queries and keys), warps and pipeline stages."""
+    """Tile sizes of a kernel, warps and pipeline stages.
+
+    Attention: BLOCK_M queries and BLOCK_N keys. LayerNorm + Linear: an output of (BLOCK_M, BLOCK_N), summed in steps of
+    BLOCK_K. Kernels that walk along rows: BLOCK_M rows, BLOCK_N of each at a time.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    BLOCK_K: int = 0  # of a product: the width of a step of its sum
+    BLOCK_K: int = 0
 
 
-def head_dim_parts(head_dim):
-    """Powers of two, D0 + D1 >= head_dim, that pad it least; D0 is at least 16 (tl.dot's least), D1 that or 0."""
-    d0 = max(16, next_power_of_2(head_dim))
-    half = d0 // 2
-    if half >= 16 and half < head_dim:
-        d1 = max(16, next_power_of_2(head_dim - half))
-        if half + d1 < d0:
-            return half, d1
-    return d0, 0
+@dataclass(frozen=True)
+class Row:
+    """One row of the table; the first that matches a launch holds."""
+
+    kernel: str
+    chips: str  # names of chips, or "any"
+    dtypes: str  # "half" for fp16 and bf16, or "any"
+    most: int  # attention: the largest head dim; otherwise 0
+    tiles: Tiles
+    why: str
 
 
-def attention_forward_config(chip, dtype, head_dim, nq, nk):
-    return Tiles(64, 64, 4, 2)
+_HOPPER = "sm_90 sm_100"
+
+TABLE = (
+    Row("attention_fwd", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "several tiles and tails even at N = 197"),
+    Row("attention_fwd", "any", "half", 64, Tiles(128, 64, 4, 2), "32 rows a warp share each read of the keys"),
+    Row("attention_fwd", _HOPPER, "half", 80, Tiles(128, 64, 4, 2), "the same, as q stays in shared memory there"),
+    Row("attention_fwd", "any", "half", 128, Tiles(128, 64, 8, 2), "16 rows a warp, or the output spills"),
+    Row("attention_fwd", _HOPPER, "half", 256, Tiles(128, 64, 8, 2), "208 of 227 KB of shared memory"),
+    Row("attention_fwd", "any", "half", 256, Tiles(128, 32, 8, 1), "a second stage spills"),
+    Row("attention_fwd", "any", "any", 128, Tiles(64, 32, 8, 2), "operands of FMA products take many registers"),
+    Row("attention_fwd", "any", "any", 256, Tiles(32, 32, 8, 2), "the same"),
+    Row("attention_bwd_dq", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
+    Row("attention_bwd_dq", "any", "half", 64, Tiles(64, 64, 4, 2), "128 rows on 8 warps count the same"),
+    Row("attention_bwd_dq", "any", "half", 128, Tiles(64, 32, 4, 2), "64 keys spill on sm_80"),
+    Row("attention_bwd_dq", "any", "half", 256, Tiles(64, 32, 8, 1), "what spills least"),
+    Row("attention_bwd_dq", "any", "any", 256, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
+    Row("attention_bwd_dkdv", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
+    Row("attention_bwd_dkdv", "any", "half", 64, Tiles(64, 64, 4, 2), "the largest that does not spill"),
+    Row("attention_bwd_dkdv", _HOPPER, "half", 80, Tiles(64, 64, 4, 2), "the same"),
+    Row("attention_bwd_dkdv", _HOPPER, "half", 128, Tiles(32, 64, 4, 2), "the same"),
+    Row("attention_bwd_dkdv", "any", "half", 80, Tiles(32, 64, 4, 2), "the same"),
+    Row("attention_bwd_dkdv", "any", "half", 128, Tiles(16, 64, 4, 2), "the same"),
+    Row("attention_bwd_dkdv", "any", "half", 256, Tiles(16, 64, 8, 1), "what spills least"),
+    Row("attention_bwd_dkdv", "any", "any", 256, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
+    Row("prenorm", "interpreter", "any", 0, Tiles(128, 64, 4, 1, 128), "few, large steps of NumPy"),
+    Row("prenorm", _HOPPER, "half", 0, Tiles(128, 128, 8, 3, 64), "a step of 64 halves the waits and the bookkeeping"),
+    Row("prenorm", "any", "half", 0, Tiles(128, 128, 8, 3, 32), "three stages of 64 leave room for one program only"),
+    Row("prenorm", "any", "any", 0, Tiles(64, 64, 8, 2, 16), "operands of FMA products take many registers"),
+)  # fmt: skip
 
 
-def attention_backward_config(chip, dtype, head_dim):
-    return Tiles(64, 64, 4, 2)
+def tiles(kernel, chip, dtype, head_dim=0):
+    """The first row of the table for this launch."""
+    for row in TABLE:
+        if (
+            row.kernel == kernel
+            and (row.chips == "any" or chip in row.chips.split())
+            and (row.dtypes == "any" or dtype.itemsize == 2)
+            and head_dim <= row.most
+        ):
+            return row.tiles
+    raise LookupError(f"no tiles for {kernel} on {chip} with {dtype} and head dim {head_dim}")
 
 
-def prenorm_rows_config(width):
-    """Kernels that walk along rows of `width`: about 4096 elements a program, and at most 32 rows."""
+def row_tiles(width):
+    """For kernels that walk along rows of `width`: about 4096 elements a program, and at most 32 rows."""
     block_n = min(next_power_of_2(width), 1024)
     return Tiles(min(32, 4096 // block_n), block_n, 4, 1)
 
 
-def prenorm_forward_config(chip, dtype, m, n, k):
-    return Tiles(64, 64, 4, 3, 64)
+def head_dim_parts(head_dim, most):
+    """Powers of two, D0 + D1 >= head_dim, that pad it least: D0 is at least 16 (tl.dot's least), D1 too, or 0.
 
-
-def prenorm_backward_config(chip, dtype, m, n, k):
-    return Tiles(64, 64, 4, 3, 64)
+    D0 is at most `most` if two parts can do that: Triton lets warps share rows where a part is wider than its tile is
+    high, which costs registers.
+    """
+    d0 = max(16, next_power_of_2(head_dim))
+    half = d0 // 2
+    if half < 16:
+        return d0, 0
+    d1 = max(16, next_power_of_2(head_dim - half))
+    return (half, d1) if half + d1 < d0 or d0 > most else (d0, 0)
 
 
 SM_COUNT = {

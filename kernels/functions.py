@@ -28,14 +28,14 @@ def _check_tensor(name, t, like_name, like, *, or_float32=False):
 def _check_head_dim(head_dim):
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
-            f"the head dim is {head_dim}; allowed are {MIN_HEAD_DIM} to {MAX_HEAD_DIM}: use other heads or the plain one"
+            f"the head dim is {head_dim}; allowed are {MIN_HEAD_DIM} to {MAX_HEAD_DIM}: use plain PyTorch there"
         )
 
 
 def _check_scale(scale, head_dim):
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, torch.Tensor) or not math.isfinite(scale):
+    if isinstance(scale, torch.Tensor) or not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale!r}; a finite number is needed: multiply q by a scale that is learned")
     return float(scale)
 
@@ -62,10 +62,10 @@ def attention(q, k, v, *, scale=None):
 
     Shapes: q (B,H,Nq,D), k and v (B,H,Nk,D), of any strides -> (B,H,Nq,D), laid out in memory as (B,Nq,H,D), so that
     `.transpose(1, 2).flatten(2)` is free. D is 8 to 256; B, H, Nq and Nk may be 0 (no keys give zeros).
-    dtypes: float16, bfloat16, float32, float64, the same for all; sums are in fp32 (fp64 for float64). Autocast applies.
+    dtypes: float16, bfloat16, float32, float64, the same for all; sums are in fp32 (float64: fp64). Autocast applies.
     `scale` is a number, D ** -0.5 by default. Differentiable in q, k and v; the backward pass is bitwise repeatable.
 
-    Raises TypeError for dtypes, ValueError for ranks, shapes, devices and scales, RuntimeError for a backend that cannot
+    Raises TypeError for dtypes, ValueError for ranks, shapes, devices and scales, RuntimeError for a backend that can't
     run, all before anything is computed.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -75,8 +75,8 @@ def attention(q, k, v, *, scale=None):
             )
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; k and v must be alike, and "
-            "have q's batch, heads and head dim"
+            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; k and v must be alike, "
+            "and have q's batch, heads and head dim"
         )
     _check_head_dim(q.shape[3])
     scale = _check_scale(scale, q.shape[3])
@@ -100,8 +100,8 @@ def qkv_attention(qkv, heads, *, scale=None):
         )
     if heads < 1 or qkv.shape[2] % (3 * heads):
         raise ValueError(
-            f"heads is {heads} and qkv's last dim {qkv.shape[2]}; heads must be positive, and the last dim a multiple of "
-            "3 * heads"
+            f"heads is {heads} and qkv's last dim {qkv.shape[2]}; heads must be positive, and the last dim a multiple "
+            "of 3 * heads"
         )
     head_dim = qkv.shape[2] // (3 * heads)
     _check_head_dim(head_dim)
@@ -129,13 +129,14 @@ def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5,
     """
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or weight.shape[1] < 1:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; weight must be (N,K) with K the last dim of x, "
-            "and at least 1"
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; weight must be (N,K) with K the last dim "
+            "of x, and at least 1"
         )
     for name, t, dim in (("norm_weight", norm_weight, 1), ("norm_bias", norm_bias, 1), ("bias", bias, 0)):
         if t is not None and t.shape != weight.shape[dim : dim + 1]:
             raise ValueError(
-                f"{name} has shape {tuple(t.shape)}; beside weight {tuple(weight.shape)} it must be ({weight.shape[dim]},)"
+                f"{name} has shape {tuple(t.shape)}; beside weight {tuple(weight.shape)} it must be "
+                f"({weight.shape[dim]},)"
             )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}")

@@ -114,6 +114,16 @@ def alignment(*tensors):
     return align
 
 
+def layout(*tensors):
+    """The compile-time arguments of tiles.py for these tensors.
+
+    ALIGN is their `alignment`. OFFSET is the type of offsets within a tile, of at most 256 rows and of any columns:
+    int32, or int64 if they can pass 2³¹.
+    """
+    wide = any(t.shape[-1] * t.stride(-1) >= 2**30 or 256 * max(t.stride()[:-1]) >= 2**30 for t in tensors)
+    return {"ALIGN": alignment(*tensors), "OFFSET": triton.language.int64 if wide else triton.language.int32}
+
+
 def accumulator(dtype):
     """The dtype of sums and statistics: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
 """The functions on a CPU, and on any device that has no Triton, from PyTorch's own fused operators.
 
-The same contracts as the Triton kernels: `attention_*` and `layer_norm_linear_*` take and return what their namesakes in
-attention.py and prenorm.py do, so that ops.py can choose either.
+The same contracts as the Triton kernels: `attention_*` and `layer_norm_linear_*` take and return what their namesakes
+in attention.py and prenorm.py do, so that ops.py can choose either.
 """
 
 import torch
@@ -50,7 +50,7 @@ def _layer_norm(x, norm_weight, norm_bias, eps):
     """LayerNorm of x (M,K) in x's dtype, and mean (M,) and rstd (M,) in fp32 (fp64 for fp64)."""
     shift = 0.0
     if x.dtype == torch.float64 or x.shape[-1] == 1:
-        # centring twice takes away what the rounding of a large mean leaves: what fp64 promises, and all there is of one
+        # centring twice takes away what the rounding of a large mean leaves: fp64 promises that, and of K = 1 it is all
         shift = x.mean(dim=-1, keepdim=True)
         x = x - shift
     if norm_weight is not None:  # PyTorch keeps the statistics in the dtype of these

@@ -17,7 +17,8 @@ from .launch import INTERPRET, accumulator, triton
 
 if triton is not None:
     from . import attention as triton_attention
-    from . import prenorm as triton_prenorm
+    from .prenorm import layer_norm_linear_forward as triton_layer_norm_linear_forward
+    from .prenorm_backward import layer_norm_linear_backward as triton_layer_norm_linear_backward
 
 BACKENDS = ("auto", "triton", "native")
 
@@ -131,6 +132,7 @@ def _split(qkv, heads):
 
 
 def _attention(q, k, v, scale, backend):
+    """out and, for the backward pass of the same implementation only, the log-sum-exp of each query."""
     if _takes_triton(backend, q):
         implementation = triton_attention
     else:
@@ -192,17 +194,18 @@ def _qkv_attention_backward_fake(grad, qkv, out, lse, heads, scale, backend):
     return qkv.new_empty(qkv.shape)
 
 
-def _prenorm_implementation(x, weight, backend):
+def _layer_norm_linear_takes_triton(x, weight, backend):
     takes_triton = _takes_triton(backend, x) and _takes_triton(backend, weight)
-    return triton_prenorm if takes_triton and x.numel() and weight.numel() else native
+    return takes_triton and x.numel() > 0 and weight.numel() > 0  # PyTorch knows what to do with nothing
 
 
 def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend):
-    implementation = _prenorm_implementation(x, weight, backend)
+    if _layer_norm_linear_takes_triton(x, weight, backend):
+        forward = triton_layer_norm_linear_forward
+    else:
+        forward = native.layer_norm_linear_forward
     rows = x.reshape(-1, x.shape[-1])
-    y, z, mean, rstd = implementation.layer_norm_linear_forward(
-        rows, norm_weight, norm_bias, weight, bias, eps, activation, save
-    )
+    y, z, mean, rstd = forward(rows, norm_weight, norm_bias, weight, bias, eps, activation, save)
     shape = (*x.shape[:-1], weight.shape[0])
     return y.view(shape), weight.new_empty(0) if z is None else z.view(shape), mean, rstd
 
@@ -217,9 +220,12 @@ def _layer_norm_linear_fake(x, norm_weight, norm_bias, weight, bias, eps, activa
 def _layer_norm_linear_backward(
     grad, x, norm_weight, norm_bias, weight, bias, z, mean, rstd, eps, activation, need_dx, need_dw, backend
 ):
-    implementation = _prenorm_implementation(x, weight, backend)
+    if _layer_norm_linear_takes_triton(x, weight, backend):
+        backward = triton_layer_norm_linear_backward
+    else:
+        backward = native.layer_norm_linear_backward
     n, k = weight.shape
-    dx, dw = implementation.layer_norm_linear_backward(
+    dx, dw = backward(
         grad.reshape(-1, n), x.reshape(-1, k), norm_weight, norm_bias, weight, bias, z.view(-1, n), mean, rstd,
         eps, activation, need_dx, need_dw,
     )  # fmt: skip

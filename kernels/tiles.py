@@ -1,22 +1,29 @@
-"""Loads and stores of two-dimensional tiles, shared by the kernels."""
+"""Loads and stores of two-dimensional tiles, shared by the kernels. `rows` and `cols` count from x_ptr."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _offsets(rows, cols, stride_row, stride_col, ALIGN: tl.constexpr):
-    """ALIGN is a power of two that divides stride_row, which Triton itself finds out for multiples of 16 only."""
-    return tl.multiple_of(rows[:, None].to(tl.int64) * stride_row, [1, ALIGN]) + cols[None, :] * stride_col
+def _offsets(rows, cols, stride_row, stride_col, ALIGN: tl.constexpr, OFFSET: tl.constexpr):
+    """In elements, of type OFFSET: int32 unless a tile can span 2³¹. ALIGN is a power of two that divides stride_row,
+    which Triton itself finds out for multiples of 16 only."""
+    return tl.multiple_of(rows[:, None].to(OFFSET) * stride_row, [1, ALIGN]) + cols[None, :].to(OFFSET) * stride_col
+
+
+@triton.jit
+def row_offset(row, stride_row, ALIGN: tl.constexpr):
+    """Where row `row` begins, in elements: int64."""
+    return tl.multiple_of(tl.cast(row, tl.int64) * stride_row, ALIGN)
 
 
 @triton.jit
 def load_tile(
     x_ptr, rows, row_end, cols, col_end, stride_row, stride_col,
-    MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, ALIGN: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """x[rows, cols] (ROWS, COLS), with 0 from row_end on if MASK_ROWS and from col_end on if MASK_COLS."""
-    ptrs = x_ptr + _offsets(rows, cols, stride_row, stride_col, ALIGN)
+    ptrs = x_ptr + _offsets(rows, cols, stride_row, stride_col, ALIGN, OFFSET)
     if MASK_ROWS and MASK_COLS:
         return tl.load(ptrs, mask=(rows[:, None] < row_end) & (cols[None, :] < col_end), other=0.0)
     elif MASK_ROWS:
@@ -28,7 +35,18 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(x_ptr, x, rows, row_end, cols, col_end, stride_row, stride_col, ALIGN: tl.constexpr):
-    """x[rows, cols] = x below row_end and col_end, in x_ptr's dtype."""
-    mask = (rows[:, None] < row_end) & (cols[None, :] < col_end)
-    tl.store(x_ptr + _offsets(rows, cols, stride_row, stride_col, ALIGN), x.to(x_ptr.dtype.element_ty), mask=mask)
+def store_tile(
+    x_ptr, x, rows, row_end, cols, col_end, stride_row, stride_col,
+    MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """x[rows, cols] = x, in x_ptr's dtype; not from row_end on if MASK_ROWS, nor from col_end on if MASK_COLS."""
+    ptrs = x_ptr + _offsets(rows, cols, stride_row, stride_col, ALIGN, OFFSET)
+    x = x.to(x_ptr.dtype.element_ty)
+    if MASK_ROWS and MASK_COLS:
+        tl.store(ptrs, x, mask=(rows[:, None] < row_end) & (cols[None, :] < col_end))
+    elif MASK_ROWS:
+        tl.store(ptrs, x, mask=rows[:, None] < row_end)
+    elif MASK_COLS:
+        tl.store(ptrs, x, mask=cols[None, :] < col_end)
+    else:
+        tl.store(ptrs, x)
