@@ -18,7 +18,7 @@ _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 def attention_forward(q, k, v, scale):
     """q (B,H,Nq,D), k and v (B,H,Nk,D) -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq) in natural logarithms."""
     if q.device.type == "cpu":
-        out, lse = _flash(q, k, v, scale=scale)
+        out, lse = _flash(_rows_contiguous(q), k, v, scale=scale)
     else:
         scores = torch.matmul(q, k.transpose(-1, -2)).to(accumulator(q.dtype)) * scale
         lse = scores.logsumexp(dim=-1)
@@ -29,6 +29,7 @@ def attention_forward(q, k, v, scale):
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
     if q.device.type == "cpu":
+        grad, q, out = _rows_contiguous(grad), _rows_contiguous(q), _rows_contiguous(out)
         grads = _flash_backward(grad, q, k, v, out, lse, 0.0, False, scale=scale)
     else:
         acc = accumulator(q.dtype)
@@ -39,6 +40,11 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
         grads = (ds @ k, ds.transpose(-1, -2) @ q, p.to(v.dtype).transpose(-1, -2) @ grad)
     for d, g in zip((dq, dk, dv), grads, strict=True):
         d.copy_(g)
+
+
+def _rows_contiguous(x):
+    """x, copied if its last stride is not 1, which PyTorch's fused operator passes on to its outputs and then ignores."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _heads_inside(out):

@@ -224,11 +224,13 @@ def _layer_norm_linear_backward(
         backward = triton_layer_norm_linear_backward
     else:
         backward = native.layer_norm_linear_backward
-    n, k = weight.shape
+    (n, k), m = weight.shape, mean.numel()
     dx, dw = backward(
-        grad.reshape(-1, n), x.reshape(-1, k), norm_weight, norm_bias, weight, bias, z.view(-1, n), mean, rstd,
+        grad.reshape(m, n), x.reshape(m, k), norm_weight, norm_bias, weight, bias, z.reshape(m, n), mean, rstd,
         eps, activation, need_dx, need_dw,
     )  # fmt: skip
+    if need_dx and k == 1:  # x̂ of one feature is 0 whatever x is; dz W' - s1 is 0 but for rounding
+        dx.mul_(0)
     none = x.new_empty(0)
     return none if dx is None else dx.view(x.shape), *(none if d is None else d for d in dw or (None,) * 4)
 

@@ -205,8 +205,10 @@ def _layer_norm_linear_fwd_kernel(
 
 
 def fold(norm_weight, norm_bias, weight, bias):
-    """W', c and d."""
+    """W', c and d, of parameters with any strides."""
     n, k = weight.shape
+    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     folded = weight.new_empty(n, k)
     c, d = weight.new_empty(2, n, dtype=accumulator(weight.dtype))
     block_k = min(next_power_of_2(k), 1024)
