@@ -43,7 +43,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
 
 
 def _rows_contiguous(x):
-    """x, copied if its last stride is not 1, which PyTorch's fused operator passes on to its outputs and then ignores."""
+    """x, copied if its last stride is not 1: the fused operator passes that on to its outputs, and ignores it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
