@@ -8,6 +8,7 @@ __all__ = ["CPUClock", "GPUClock", "measure"]
 
 PAUSE = 0.02  # s
 MOST_CALLS = 200  # of one rival in one turn
+LONG = 0.1  # s; what cold caches and sleeping threads add to a call is lost in one as long as this
 
 
 class CPUClock:
@@ -63,19 +64,20 @@ def measure(calls, clock, *, seconds=0.5, turns=5):
     """Time `calls`, {name: function of no arguments}, in turns -> {name: [seconds of one call, ...]}.
 
     Each has about `seconds` of calls, at least one in each of `turns` turns. A turn is a pause, a call that warms the
-    caches up and is not counted, and the calls that are. Every other round goes through the rivals backwards, so that
-    a machine that grows slower or faster meanwhile does so for all of them.
+    caches up and is not counted (none where calls are LONG), and the calls that are. Every other round goes through the
+    rivals backwards, so that a machine that grows slower or faster meanwhile does so for all of them.
     """
-    counts = {}
+    warmups, counts = {}, {}
     for name, call in calls.items():
         clock.settle()
         once = min(clock.time(call, 2))
+        warmups[name] = int(once < LONG)
         counts[name] = max(1, min(MOST_CALLS, int(seconds / turns / once)))
     times = {name: [] for name in calls}
     order = list(calls)
     for _ in range(turns):
         for name in order:
             clock.settle()
-            times[name] += clock.time(calls[name], 1 + counts[name])[1:]
+            times[name] += clock.time(calls[name], warmups[name] + counts[name])[warmups[name] :]
         order.reverse()
     return times

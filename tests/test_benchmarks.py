@@ -50,6 +50,12 @@ def test_the_first_call_after_a_pause_is_not_counted():
     assert clock.pauses == 2 * (1 + 3)
 
 
+def test_long_calls_are_not_made_more_often_than_they_count():
+    calls = []
+    times = measure({"long": lambda: calls.append(0) or 1.0}, StandInClock(), seconds=0.1, turns=3)
+    assert times == {"long": [1.0] * 3} and len(calls) == 2 + 3  # 2 to find out how long
+
+
 def test_rivals_take_turns_in_alternating_order():
     order = []
     calls = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
@@ -173,7 +179,7 @@ def taking(cost, function):
 RIVALS = {
     "plain": taking(0.5, lambda x: 2 * x),
     "slow": taking(1.5, lambda x: x + x),
-    "wrong": taking(0.1, lambda x: 2.1 * x),
+    "wrong": taking(0.25, lambda x: 2.1 * x),
 }
 DOUBLING = Question("doubling", lambda shape: {"x": torch.randn(100)}, RIVALS)
 
