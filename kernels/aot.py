@@ -13,8 +13,8 @@ and 64-bit ints are derived by Triton's own launcher code, so the binary is the 
 string stands for a typical value: "*bf16" is a pointer divisible by 16, "i32" and "i64" an int divisible by 16,
 "fp32" a float. `aligned=False` drops every divisibility.
 
-Nothing here touches a GPU. What is reported is compiled and counted, never timed. `sass.py` says what each figure of a
-loop means. Needs Triton; NVIDIA's figures also need the `cuobjdump` and `nvdisasm` that Triton's wheel carries.
+Nothing here touches a GPU. What is reported is compiled and counted, never timed. `counts.py` says what each figure of
+a loop means. Needs Triton; NVIDIA's figures also need the `cuobjdump` and `nvdisasm` that Triton's wheel carries.
 Not in a process with TRITON_INTERPRET=1, where `triton.jit` makes no compilable kernels.
 """
 
@@ -23,9 +23,9 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from . import sass
+from . import counts, sass
 
 __all__ = ["CHIPS", "Chip", "Record", "analyse", "compile_kernel", "report", "report_launch"]
 
@@ -90,17 +90,33 @@ class Record:
     instructions: int  # of the whole kernel
     prologue: int
     epilogue: int
-    loops: list[sass.Loop]  # the hottest first
+    loops: list[counts.Loop]  # the hottest first
     unit: str  # of loops' per_1024: "pairs" or "multiply-adds"
     atomics: dict[str, int]
     address64: int  # 64-bit integer instructions
     complete: bool  # False: an indirect jump hides part of the control flow
     code_hash: str  # of the cubin or hsaco
+    variants: list = field(default_factory=list)  # sequence lengths or shapes that run this binary
+    executed: dict = field(default_factory=dict)  # by sequence length: executed.Executed
+
+    @property
+    def name(self):
+        """A name for files and tables, the same from run to run."""
+        head_dim = [] if self.head_dim is None else [f"hd{self.head_dim}"]
+        variant = f"n{self.variants[0]}" if self.variants and head_dim else "-".join(map(str, self.variants[:1]))
+        aligned = "aligned" if self.aligned else "unaligned"
+        return "-".join([self.kernel, self.arch, self.dtype, *head_dim, aligned, variant.replace(" ", "_")])
 
     @property
     def hot(self):
         """The loop with the most multiply-adds; None if the kernel has no loop."""
         return self.loops[0] if self.loops else None
+
+    @classmethod
+    def from_dict(cls, plain):
+        """The Record of what `to_dict` returned."""
+        loops = [counts.Loop(**loop | {"around": loop["around"] and tuple(loop["around"])}) for loop in plain["loops"]]
+        return cls(**plain | {"loops": loops})
 
     def to_dict(self):
         """Plain dicts, lists, numbers and strings, for JSON."""
@@ -269,31 +285,31 @@ def analyse(compiled, arch, config, *, macs_per_pair=None, dtype=None, head_dim=
             for key in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
         )
         blocks = sass.read_amd(assembly, name)
-    counts = sass.count(blocks, chip, num_warps, macs_per_pair or 1)
+    found = counts.count(blocks, chip, num_warps, macs_per_pair or 1)
     programs, bound = occupancy(arch, registers, compiled.metadata.shared, num_warps)
     return Record(
-        kernel=name,
+        kernel=name.strip("_").removesuffix("_kernel"),
         arch=arch,
         dtype=dtype,
         head_dim=head_dim,
         aligned=aligned,
         config=config,
         registers=registers,
-        spill_bytes=counts.spill_bytes if chip.backend == "cuda" else 4 * spilled,
+        spill_bytes=found.spill_bytes if chip.backend == "cuda" else 4 * spilled,
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         shared_limit=chip.shared_limit,
         programs=programs,
         programs_bound=bound,
-        tensor=counts.tensor,
-        instructions=counts.instructions,
-        prologue=counts.prologue,
-        epilogue=counts.epilogue,
-        loops=counts.loops,
+        tensor=found.tensor,
+        instructions=found.instructions,
+        prologue=found.prologue,
+        epilogue=found.epilogue,
+        loops=found.loops,
         unit="pairs" if macs_per_pair else "multiply-adds",
-        atomics=counts.atomics,
-        address64=counts.address64,
-        complete=counts.complete,
+        atomics=found.atomics,
+        address64=found.address64,
+        complete=found.complete,
         code_hash=hashlib.sha256(binary).hexdigest(),
     )
 
@@ -324,11 +340,21 @@ def _read_cubin(cubin, kernel):
         file.write(cubin)
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        disassembly = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    disassembly = disassemble(cubin)
     found = re.search(rf"Function {re.escape(kernel)}:\s+REG:(\d+) STACK:(\d+)", usage)
     if not found:
         raise ValueError(f"cuobjdump reports no resources for kernel {kernel!r}:\n{usage}")
     return int(found[1]), int(found[2]), disassembly
+
+
+def disassemble(cubin):
+    """The text of `nvdisasm -c`."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
 
 
 def _run(*command):

@@ -1,0 +1,54 @@
+"""Instructions that attention's forward pass executes per (query, key) pair that is needed, everything counted.
+
+A head's programs are those with whole tiles of queries and at most one with the queries left over. Each of its warps
+executes what stands around its loop (prologue, the tail of the keys, epilogue: `Loop.around`, the longest way) and the
+loop once for each whole tile of keys. The sum over warps and programs is divided by N² pairs: rows and columns of
+padding, work that warps repeat and predicated-off instructions are paid for, and nothing is assumed about caches.
+
+How often the loop runs is not taken on trust: multiply-adds around the loop and in it must add up to those of the
+tiles. A compiler that moves an iteration out of the loop (AMD's pipeliner does) shows in them and is allowed for;
+where they do not add up there is no figure, but the reason.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["Executed", "executed_per_pair"]
+
+TOLERANCE = 0.1  # of one iteration: where there are no tensor cores, softmax's own FFMAs are counted as products
+
+
+@dataclass
+class Executed:
+    """Executed warp instructions per needed pair, or None and the reason."""
+
+    per_pair: float | None
+    why: str | None = None
+
+
+def executed_per_pair(record, n):
+    """For the record of an attention forward kernel and n tokens -> Executed, for one head."""
+    c = record.config
+    block_m, tail_m, block_n, tail_n = c["BLOCK_M"], c["TAIL_M"], c["BLOCK_N"], c["TAIL_N"]
+    # queries a tile, how many programs, and whether the tile is narrower than the table says
+    variants = [] if tail_m == block_m else [(block_m, n // block_m)]
+    variants += [(tail_m, 1 if tail_m < block_m else -(-n // block_m))] if tail_m else []
+    loops = [loop for loop in record.loops if loop.macs]
+    if not record.complete:
+        return Executed(None, "an indirect jump hides part of the control flow")
+    if len(loops) != len(variants):
+        return Executed(None, f"{len(loops)} loops with products, and {len(variants)} heights of tiles")
+    total, peeled = 0.0, None
+    for (rows, programs), loop in zip(variants, loops, strict=True):
+        if loop.around is None:
+            return Executed(None, "the ways around a loop cannot be followed")
+        pairs = rows * (c["D0"] + c["D1"]) * 2 / c["num_warps"]
+        if peeled is None:  # the first has the largest tile, of which no warp repeats work
+            per_trip = loop.macs / (pairs * block_n)
+            if abs(per_trip - 1) > TOLERANCE:
+                return Executed(None, f"the loop does {per_trip:.3g} tiles of keys an iteration")
+            outside = (loop.around_macs - pairs * tail_n) / loop.macs
+            peeled = round(outside)
+            if abs(outside - peeled) > TOLERANCE or not 0 <= peeled <= n // block_n:
+                return Executed(None, f"{outside:.3g} tiles of keys, beside the tail, stand around the loop")
+        total += programs * c["num_warps"] * (loop.around[1] + (n // block_n - peeled) * loop.instructions)
+    return Executed(round(total / n**2, 4))
