@@ -12,6 +12,10 @@ from .launch import accumulator
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# PyTorch's fused backward pass in half precision is slower on a CPU than its products of matrices, which need a map of
+# all pairs: up to this many, 64 MB, they are used.
+MOST_PAIRS = 2**25
+
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
@@ -20,24 +24,22 @@ def attention_forward(q, k, v, scale):
     if q.device.type == "cpu":
         out, lse = _flash(_rows_contiguous(q), k, v, scale=scale)
     else:
-        scores = torch.matmul(q, k.transpose(-1, -2)).to(accumulator(q.dtype)) * scale
-        lse = scores.logsumexp(dim=-1)
-        out = torch.matmul((scores - lse[..., None]).exp().to(v.dtype), v)
+        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+        out, lse = torch.matmul(scores.softmax(-1), v), scores.to(accumulator(q.dtype)).logsumexp(-1)
     return _heads_inside(out), lse.contiguous()
 
 
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
-    if q.device.type == "cpu":
+    half_and_short = q.dtype.itemsize == 2 and lse.numel() * k.shape[2] <= MOST_PAIRS
+    if q.device.type == "cpu" and not half_and_short:
         grad, q, out = _rows_contiguous(grad), _rows_contiguous(q), _rows_contiguous(out)
         grads = _flash_backward(grad, q, k, v, out, lse, 0.0, False, scale=scale)
     else:
-        acc = accumulator(q.dtype)
-        p = (torch.matmul(q, k.transpose(-1, -2)).to(acc) * scale - lse[..., None]).exp()
-        dp = torch.matmul(grad, v.transpose(-1, -2)).to(acc)
-        delta = (grad.to(acc) * out.to(acc)).sum(-1, keepdim=True)
-        ds = (p * (dp - delta) * scale).to(q.dtype)
-        grads = (ds @ k, ds.transpose(-1, -2) @ q, p.to(v.dtype).transpose(-1, -2) @ grad)
+        p = torch.matmul(q, k.transpose(-1, -2)).mul_(scale).softmax(-1)
+        dp = torch.matmul(grad, v.transpose(-1, -2))
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
+        grads = (torch.matmul(ds, k), torch.matmul(ds.transpose(-1, -2), q), torch.matmul(p.transpose(-1, -2), grad))
     for d, g in zip((dq, dk, dv), grads, strict=True):
         d.copy_(g)
 
@@ -77,29 +79,22 @@ def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, acti
 def layer_norm_linear_backward(
     grad, x, norm_weight, norm_bias, weight, bias, z, mean, rstd, eps, activation, need_dx, need_dw
 ):
-    """grad (M,N), z (M,N) -> dx (M,K) or None, (dnorm_weight, dnorm_bias, dweight, dbias) or None.
-
-    The maths is that of prenorm.py: dγ and dβ come from W and the small matrix G, not from sums over all rows.
-    """
+    """grad (M,N), z (M,N) -> dx (M,K) or None, (dnorm_weight, dnorm_bias, dweight, dbias) or None."""
     if activation is not None:
         grad = torch.ops.aten.gelu_backward(grad, z, approximate=_GELU[activation])
     acc = mean.dtype
-    normed = _layer_norm(x, None, None, eps)[0]
-    dx = dw = None
+    gamma, beta = norm_weight.to(acc), norm_bias.to(acc)
+    normed = _layer_norm(x.to(acc), None, None, eps)[0]
+    # PyTorch's operator sums in its inputs' dtype, and cancels where |mean| is large beside the spread: it gets x̂,
+    # whose mean is 0 and rstd 1, for x, in fp32
+    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+        (grad @ weight).to(acc), normed, x.shape[1:], torch.zeros_like(mean)[:, None], torch.ones_like(rstd)[:, None],
+        gamma, beta, [need_dx, need_dw, need_dw],
+    )  # fmt: skip
     if need_dx:
-        # of x̂, whose mean is 0 and rstd 1: PyTorch's formula cancels where |mean| is large beside the spread
-        dx = torch.ops.aten.native_layer_norm_backward(
-            (grad @ weight).to(x.dtype), normed, x.shape[-1:], torch.zeros_like(mean)[:, None],
-            torch.ones_like(rstd)[:, None], norm_weight.to(acc), norm_bias.to(acc), [True, False, False],
-        )[0].mul_(rstd[:, None])  # fmt: skip
-    if need_dw:
-        g = (grad.t() @ normed.to(weight.dtype)).to(acc)
-        db = grad.sum(0, dtype=acc)
-        w = weight.to(acc)
-        dw = (
-            (w * g).sum(0).to(norm_weight.dtype),
-            (db @ w).to(norm_bias.dtype),
-            g.mul_(norm_weight).addr_(db, norm_bias.to(acc)).to(weight.dtype),
-            None if bias is None else db.to(bias.dtype),
-        )
-    return dx, dw
+        dx = dx.mul_(rstd[:, None]).to(x.dtype)
+    if not need_dw:
+        return dx, None
+    dweight = grad.t() @ torch.addcmul(beta, normed, gamma).to(weight.dtype)
+    dbias = None if bias is None else grad.sum(0)
+    return dx, (dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype), dweight, dbias)

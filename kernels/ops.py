@@ -7,7 +7,7 @@ torch.export see. Each carries the caller's choice of backend, so that a backwar
 import math
 import os
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -115,8 +115,17 @@ library = torch.library.Library("vitriton", "DEF")
 
 def _operator(schema, implementation, fake):
     """Define an operator that takes tensors of any strides, with one implementation for every device."""
+
+    @wraps(implementation)
+    def without_autocast(*args):  # which is done with, and would cast what the implementation keeps in fp32
+        device_type = args[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args)
+
     name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vitriton::{name}", fake, lib=library)
     return getattr(torch.ops.vitriton, name)
 
@@ -128,7 +137,8 @@ def _new_heads(x, b, h, n, d):
 
 def _split(qkv, heads):
     """(B,N,3*H*D) -> its q, k and v as views (B,H,N,D)."""
-    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    b, n, width = qkv.shape
+    return qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def _attention(q, k, v, scale, backend):
@@ -429,5 +439,5 @@ def _layer_norm_linear_flops(x, norm_weight, norm_bias, weight, *args, **kwargs)
 
 @register_flop_formula(layer_norm_linear_backward)
 def _layer_norm_linear_backward_flops(grad, x, norm_weight, norm_bias, weight, *args, **kwargs):
-    need_dx, need_dw = args[7:9]
+    need_dx, need_dw = args[6:8]  # after bias, preactivation, mean, rstd, eps and activation
     return 2 * math.prod(x) * weight[0] * (need_dx + need_dw)
