@@ -26,6 +26,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 
 from . import counts, sass
+from .executed import Executed
 
 __all__ = ["CHIPS", "Chip", "Record", "analyse", "compile_kernel", "report", "report_launch"]
 
@@ -97,7 +98,7 @@ class Record:
     complete: bool  # False: an indirect jump hides part of the control flow
     code_hash: str  # of the cubin or hsaco
     variants: list = field(default_factory=list)  # sequence lengths or shapes that run this binary
-    executed: dict = field(default_factory=dict)  # by sequence length: executed.Executed
+    executed: dict[str, Executed] = field(default_factory=dict)  # sequence length: Executed
 
     @property
     def name(self):
@@ -114,9 +115,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, plain):
-        """The Record of what `to_dict` returned."""
+        """The Record of what `to_dict` returned, or what JSON made of that."""
         loops = [counts.Loop(**loop | {"around": loop["around"] and tuple(loop["around"])}) for loop in plain["loops"]]
-        return cls(**plain | {"loops": loops})
+        executed = {n: Executed(**found) for n, found in plain["executed"].items()}
+        return cls(**plain | {"loops": loops, "executed": executed})
 
     def to_dict(self):
         """Plain dicts, lists, numbers and strings, for JSON."""

@@ -92,7 +92,7 @@ def table(archs=(), dtypes=(), head_dims=(), operations=(), full=False):
                 if thorough:
                     cases.append(Case("attention", arch, dtype, head_dim, False, (257,)))
             if not head_dims:
-                names = tuple(name for name in _SHAPES if name != "odd") if thorough else ("qkv", "gelu", "narrow")
+                names = tuple(name for name in _SHAPES if name != "odd") if thorough else ("qkv", "gelu")
                 names = tuple(name for name in names if dtype != "fp32" or name != "fp32 residual")
                 cases.append(Case("layer_norm_linear", arch, dtype, None, True, names))
                 if thorough:
@@ -164,7 +164,8 @@ def _attention(case, n):
     q, k, v = qkv[..., :width].unflatten(2, (3, heads, d)).permute(2, 0, 3, 1, 4)
     grads = torch.empty_like(qkv)[..., :width].unflatten(2, (3, heads, d)).permute(2, 0, 3, 1, 4)
     out, lse = attention_forward(q, k, v, d**-0.5)
-    attention_backward(torch.empty_like(out), q, k, v, out, lse, d**-0.5, *grads)
+    if n == case.variants[0]:  # the backward pass has no tiles of another height
+        attention_backward(torch.empty_like(out), q, k, v, out, lse, d**-0.5, *grads)
 
 
 def _layer_norm_linear(case, name):
