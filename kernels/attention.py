@@ -369,7 +369,7 @@ def _common(x, d, rows, *tensors):
 def attention_forward(q, k, v, scale):
     """q (B,H,Nq,D), k and v (B,H,Nk,D), none empty -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq)."""
     (b, h, nq, d), nk = q.shape, k.shape[2]
-    out = q.new_empty(b, nq, h, d).transpose(1, 2)
+    out = q.new_empty_strided((b, h, nq, d), (nq * h * d, d, h * d, 1))
     lse = q.new_empty(b, h, nq, dtype=accumulator(q.dtype))
     tiles = configs.tiles("attention_fwd", chip_of(q.device), q.dtype, d)
     launch(

@@ -22,7 +22,7 @@ _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 def attention_forward(q, k, v, scale):
     """q (B,H,Nq,D), k and v (B,H,Nk,D) -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq) in natural logarithms."""
     if q.device.type == "cpu":
-        out, lse = _flash(_rows_contiguous(q), k, v, scale=scale)
+        out, lse = _flash(*_rows_contiguous(q, k, v), scale=scale)
     else:
         scores = torch.matmul(q, k.transpose(-1, -2)) * scale
         out, lse = torch.matmul(scores.softmax(-1), v), scores.to(accumulator(q.dtype)).logsumexp(-1)
@@ -33,8 +33,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
     half_and_short = q.dtype.itemsize == 2 and lse.numel() * k.shape[2] <= MOST_PAIRS
     if q.device.type == "cpu" and not half_and_short:
-        grad, q, out = _rows_contiguous(grad), _rows_contiguous(q), _rows_contiguous(out)
-        grads = _flash_backward(grad, q, k, v, out, lse, 0.0, False, scale=scale)
+        grads = _flash_backward(*_rows_contiguous(grad, q, k, v, out), lse, 0.0, False, scale=scale)
     else:
         p = torch.matmul(q, k.transpose(-1, -2)).mul_(scale).softmax(-1)
         dp = torch.matmul(grad, v.transpose(-1, -2))
@@ -44,9 +43,9 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
         d.copy_(g)
 
 
-def _rows_contiguous(x):
-    """x, copied if its last stride is not 1: the fused operator passes that on to its outputs, and ignores it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rows_contiguous(*tensors):
+    """Copies of those whose last stride is not 1, which PyTorch's fused operator ignores, in its outputs too."""
+    return (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def _heads_inside(out):

@@ -135,6 +135,11 @@ def _new_heads(x, b, h, n, d):
     return x.new_empty(b, n, h, d).transpose(1, 2)
 
 
+def _as_own(x, shape):
+    """x in another shape, its memory shared, but no view to autograd: a result that users may change in place."""
+    return torch.ops.aten._unsafe_view(x, shape)
+
+
 def _split(qkv, heads):
     """(B,N,3*H*D) -> its q, k and v as views (B,H,N,D)."""
     b, n, width = qkv.shape
@@ -185,7 +190,7 @@ def _attention_backward_fake(grad, q, k, v, out, lse, scale, backend):
 
 def _qkv_attention(qkv, heads, scale, backend):
     out, lse = _attention(*_split(qkv, heads), scale, backend)
-    return out.transpose(1, 2).flatten(2), lse
+    return _as_own(out.transpose(1, 2), qkv.shape[:2] + (qkv.shape[2] // 3,)), lse
 
 
 def _qkv_attention_fake(qkv, heads, scale, backend):
@@ -217,7 +222,7 @@ def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation,
     rows = x.reshape(-1, x.shape[-1])
     y, z, mean, rstd = forward(rows, norm_weight, norm_bias, weight, bias, eps, activation, save)
     shape = (*x.shape[:-1], weight.shape[0])
-    return y.view(shape), weight.new_empty(0) if z is None else z.view(shape), mean, rstd
+    return _as_own(y, shape), weight.new_empty(0) if z is None else z.view(shape), mean, rstd
 
 
 def _layer_norm_linear_fake(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend):

@@ -224,7 +224,7 @@ def fold(norm_weight, norm_bias, weight, bias):
 def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, save_preactivation):
     """x (M,K), weight (N,K), none empty -> y (M,N), its pre-activation (M,N) or None, mean (M,), rstd (M,)."""
     (m, k), n = x.shape, weight.shape[0]
-    mean, rstd = x.new_empty(2, m, dtype=accumulator(x.dtype))
+    mean, rstd = (x.new_empty(m, dtype=accumulator(x.dtype)) for _ in range(2))  # outputs must not share memory
     rows = configs.row_tiles(k)
     launch(
         _row_statistics_kernel, (cdiv(m, rows.BLOCK_M),), x, mean, rstd, *x.stride(), m, k, eps,
