@@ -190,7 +190,7 @@ def _attention_backward_fake(grad, q, k, v, out, lse, scale, backend):
 
 def _qkv_attention(qkv, heads, scale, backend):
     out, lse = _attention(*_split(qkv, heads), scale, backend)
-    return _as_own(out.transpose(1, 2), qkv.shape[:2] + (qkv.shape[2] // 3,)), lse
+    return _as_own(out.transpose(1, 2), (*qkv.shape[:2], qkv.shape[2] // 3)), lse
 
 
 def _qkv_attention_fake(qkv, heads, scale, backend):
