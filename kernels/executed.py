@@ -45,7 +45,7 @@ def executed_per_pair(record, n):
         if peeled is None:  # the first has the largest tile, of which no warp repeats work
             per_trip = loop.macs / (pairs * block_n)
             if abs(per_trip - 1) > TOLERANCE:
-                return Executed(None, f"the loop does {per_trip:.3g} tiles of keys an iteration")
+                return Executed(None, f"the loop multiplies {per_trip:.3g} times what a tile of keys needs")
             outside = (loop.around_macs - pairs * tail_n) / loop.macs
             peeled = round(outside)
             if abs(outside - peeled) > TOLERANCE or not 0 <= peeled <= n // block_n:
