@@ -13,6 +13,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+MAX_HEADS = 65535  # of a grid's third dim
 
 
 def _check_tensor(name, t, like_name, like, *, or_float32=False):
@@ -25,7 +26,9 @@ def _check_tensor(name, t, like_name, like, *, or_float32=False):
         raise ValueError(f"{name} is on {t.device} and {like_name} on {like.device}: move one of them with .to()")
 
 
-def _check_head_dim(head_dim):
+def _check_heads(heads, head_dim):
+    if heads > MAX_HEADS:
+        raise ValueError(f"there are {heads} heads; allowed are at most {MAX_HEADS}: make some of them a batch")
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
             f"the head dim is {head_dim}; allowed are {MIN_HEAD_DIM} to {MAX_HEAD_DIM}: use plain PyTorch there"
@@ -78,7 +81,7 @@ def attention(q, k, v, *, scale=None):
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; k and v must be alike, "
             "and have q's batch, heads and head dim"
         )
-    _check_head_dim(q.shape[3])
+    _check_heads(q.shape[1], q.shape[3])
     scale = _check_scale(scale, q.shape[3])
     dtype = _autocast_dtype(q)
     if dtype is not None:
@@ -104,7 +107,7 @@ def qkv_attention(qkv, heads, *, scale=None):
             "of 3 * heads"
         )
     head_dim = qkv.shape[2] // (3 * heads)
-    _check_head_dim(head_dim)
+    _check_heads(heads, head_dim)
     scale = _check_scale(scale, head_dim)
     dtype = _autocast_dtype(qkv)
     if dtype is not None:

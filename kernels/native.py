@@ -12,8 +12,8 @@ from .launch import accumulator
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# PyTorch's fused backward pass in half precision is slower on a CPU than its products of matrices, which need a map of
-# all pairs: up to this many, 64 MB, they are used.
+# PyTorch's fused backward pass is slower in bf16 on a CPU than its products of matrices, which need a map of all pairs:
+# up to this many, 64 MB, they are used.
 MOST_PAIRS = 2**25
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -31,8 +31,8 @@ def attention_forward(q, k, v, scale):
 
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
-    half_and_short = q.dtype.itemsize == 2 and lse.numel() * k.shape[2] <= MOST_PAIRS
-    if q.device.type == "cpu" and not half_and_short:
+    by_products = q.dtype == torch.bfloat16 and lse.numel() * k.shape[2] <= MOST_PAIRS  # fp16 scores may overflow
+    if q.device.type == "cpu" and not by_products:
         grads = _flash_backward(*_rows_contiguous(grad, q, k, v, out), lse, 0.0, False, scale=scale)
     else:
         p = torch.matmul(q, k.transpose(-1, -2)).mul_(scale).softmax(-1)

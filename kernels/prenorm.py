@@ -6,7 +6,8 @@
 x is (M,K), W (N,K), z (M,N). The normalised rows are never stored. Half precision multiplies x itself and mends the
 product, z = rstd (x W'ᵀ - mean c) + d, where c sums each row of W' as rounded, so that nothing stands between the loads
 and the tensor cores. A tile with a row whose |mean| is large beside its spread, fp32 and fp64 normalise each tile of x
-on its way into the product: there the subtraction would cancel what the product has rounded.
+on its way into the product: there the subtraction would cancel what the product has rounded. (So a row's last bits may
+depend on whether such a row is its neighbour in a tile.)
 With dz = dy act'(z), G = dzᵀ x̂, and two sums over the N of a row, s1 = dz c and s2 = dz (z - d):
 
     dx = rstd (dz W' - (s1 + x̂ s2) / K)        db = Σ dz
