@@ -1,0 +1,94 @@
+"""Whatever hypothesis draws: shapes, head dims, scales, strides and dtypes; a few always, hundreds behind `slow`.
+
+Values are held to the rule in fp64, where it is 1e-12 whatever the shape, and in half precision; how far two fp32
+computations of a few numbers lie apart is chance, so there it is the bits of two layouts that are compared.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from parity import DTYPES, F16, F32, F64, assert_parity, assert_same_bits, copies, run
+from strategies import attention_cases, layer_norm_cases
+from vitriton.kernels import attention, layer_norm_linear, qkv_attention, use_backend
+
+JUDGED = [d for d in (F64, F16) if d in DTYPES["triton"]]
+
+
+@pytest.fixture(scope="module", params=["triton", "native"])
+def somewhere(request):
+    """A backend and its device."""
+    return request.param, torch.device("cpu") if request.param == "native" else request.getfixturevalue("device")
+
+
+budget = pytest.mark.parametrize("budget", ["few", pytest.param("hundreds", marks=pytest.mark.slow)])
+
+
+def attention_inputs(case, device):
+    """By name; with a scale of 4, head dim and length would decide whether there is any gradient to compare."""
+    inputs = dict(zip("qkv", case.tensors(device), strict=True))
+    scale = 0.25 if case.scale == 4.0 else case.scale
+    return {name: t.requires_grad_() for name, t in inputs.items()}, scale
+
+
+def layer_norm_inputs(case, device):
+    names = ("x", "norm_weight", "norm_bias", "weight", "bias")
+    inputs = dict(zip(names, case.tensors(device), strict=True))
+    return {name: t if t is None else t.requires_grad_() for name, t in inputs.items()}
+
+
+@budget
+@given(case=attention_cases(dtypes=JUDGED))
+def test_attention(somewhere, budget, case):
+    backend, device = somewhere
+    inputs, scale = attention_inputs(case, device)
+    with use_backend(backend):
+        assert_parity(attention, inputs, case.grad(device), scale=scale)
+
+
+@budget
+@given(case=attention_cases(dtypes=[F32, F16]))
+def test_layouts_of_attention(somewhere, budget, case):
+    backend, device = somewhere
+    inputs, scale = attention_inputs(case, device)
+    grad = case.grad(device)
+    with use_backend(backend):
+        result = run(attention, inputs, grad, scale=scale)
+        assert_same_bits(result, run(attention, copies(inputs), grad.contiguous(), scale=scale))
+        assert result["out"].transpose(1, 2).is_contiguous()
+
+
+@budget
+@given(case=attention_cases(dtypes=[F32, F16]).filter(lambda case: case.packed))
+def test_qkv_attention_is_attention_of_its_parts(somewhere, budget, case):
+    backend, device = somewhere
+    inputs, scale = attention_inputs(case, device)
+    grad = case.grad(device)
+    qkv = case.qkv(device).requires_grad_()
+    with use_backend(backend):
+        parts = run(attention, inputs, grad, scale=scale)
+        packed = run(
+            lambda qkv: qkv_attention(qkv, case.heads, scale=scale), {"qkv": qkv}, grad.transpose(1, 2).flatten(2)
+        )
+    expected = torch.cat([parts[name].transpose(1, 2).flatten(2) for name in ("dq", "dk", "dv")], 2)
+    assert_same_bits(packed, {"out": parts["out"].transpose(1, 2).flatten(2), "dqkv": expected})
+
+
+@budget
+@given(case=layer_norm_cases(dtypes=JUDGED))
+def test_layer_norm_linear(somewhere, budget, case):
+    backend, device = somewhere
+    with use_backend(backend):
+        assert_parity(layer_norm_linear, layer_norm_inputs(case, device), case.grad(device), activation=case.activation)
+
+
+@budget
+@given(case=layer_norm_cases(dtypes=[F32, F16]))
+def test_layouts_of_layer_norm_linear(somewhere, budget, case):
+    backend, device = somewhere
+    inputs, grad = layer_norm_inputs(case, device), case.grad(device)
+    with use_backend(backend):
+        result = run(layer_norm_linear, inputs, grad, activation=case.activation)
+        contiguous = run(layer_norm_linear, copies(inputs), grad.contiguous(), activation=case.activation)
+    if backend == "triton":
+        assert_same_bits(result, contiguous)
+    assert {name: t.shape for name, t in result.items()} == {name: t.shape for name, t in contiguous.items()}
