@@ -63,7 +63,7 @@ downloaded), to at least 97% of right answers on images that it has not seen. Th
     rounding error that the plain model itself has;
   - time and peak memory of ViT-Ti, ViT-S and ViT-B at 224 px, plain and fused, on this machine, whoever wins;
   - a picture of test images with their predictions and where the CLS token looks.
-It takes two to three minutes on two cores. Images, split and seed are fixed: the same machine gives the same model.""",
+It takes about two minutes on two cores. Images, split and seed are fixed: the same machine gives the same model.""",
         examples="""\
 examples:
   vitriton demo                           the whole demo; writes vitriton-demo.png

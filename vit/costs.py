@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,8 @@ def cost(preset, what, images, device, *, seconds):
         plain.to(torch.bfloat16)
     dtype = next(plain.parameters()).dtype
     batch, labels = torch.randn(images, 3, 224, 224).to(dtype), torch.randint(1000, (images,))
-    gold = _answer(copy.deepcopy(plain).double(), batch[:1].double(), labels[:1], training)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=on_gpu and training)
+    gold = _answer(copy.deepcopy(plain).double(), batch[:1].double(), labels[:1], training, nullcontext)
     record = {"model": f"ViT-{preset.capitalize()}", "what": what, "images": images, "dtype": str(dtype)[6:]}
     record |= {"autocast": on_gpu and training, "out_of_memory": False, "noisy": False}
 
@@ -54,19 +56,18 @@ def cost(preset, what, images, device, *, seconds):
         fused = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})  # the same parameters, not copies
         fuse(fused)
         batch, labels = batch.to(device), labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16) if record["autocast"] else nullcontext():
-            base, result = (_answer(model, batch[:1], labels[:1], training) for model in (plain, fused))
-            error = compare("gradients" if training else "logits", result, base, gold, k=3 if training else 2)
+        base, result = (_answer(model, batch[:1], labels[:1], training, autocast) for model in (plain, fused))
+        error = compare("gradients" if training else "logits", result, base, gold, k=3 if training else 2)
 
         def step(model):
-            if not training:
+            if training:
+                with autocast():
+                    loss = F.cross_entropy(model(batch), labels)
+                loss.backward()
+                model.zero_grad()
+            else:
                 with torch.no_grad():
                     model(batch)
-                return
-            with torch.autocast(device.type, torch.bfloat16) if record["autocast"] else nullcontext():
-                loss = F.cross_entropy(model(batch), labels)
-            loss.backward()
-            model.zero_grad()
 
         steps = [lambda: step(plain), lambda: step(fused)]
         for warm_up in steps:
@@ -83,12 +84,14 @@ def cost(preset, what, images, device, *, seconds):
     return record | {"ok": bool(error), "judged": str(error)}
 
 
-def _answer(model, images, labels, training):
+def _answer(model, images, labels, training, autocast):
     """The logits; in training the gradients of the cross-entropy over all parameters, end to end."""
     if not training:
         with torch.no_grad():
             return model(images)
-    grads = torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
+    with autocast():
+        loss = F.cross_entropy(model(images), labels)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
     return torch.cat([grad.flatten() for grad in grads])
 
 
