@@ -199,6 +199,15 @@ def test_checkpoint(where, case, use_reentrant):
 
 @cases
 @backends
+def test_statistics_are_not_differentiable(where, case):
+    """What an operator returns for its backward pass takes no gradient, rather than dropping one."""
+    forward, args, _, _ = arguments(case, device=where)
+    out, *kept = forward(*(a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args))
+    assert out.requires_grad and not any(t.requires_grad for t in kept)
+
+
+@cases
+@backends
 def test_unused_output(where, case):
     function, make, keywords = CASES[case]
     inputs = make(device=where)
@@ -329,11 +338,12 @@ def test_autocast(where, half, case):
 
 @pytest.mark.parametrize("backend, half, case", AUTOCAST)
 def test_autocast_of_half_and_of_double(where, half, case):
-    """An input that is half already beside fp32 parameters; fp64, which autocast leaves alone."""
+    """An input in either half dtype beside fp32 parameters; fp64, which autocast leaves alone."""
     function, make, keywords = CASES[case]
     (_, x), *others = make(device=where).items()
     with torch.autocast(where.type, dtype=half):
-        assert function(x.to(half), *(t for _, t in others), **keywords).dtype == half
+        for given in (F16, BF16):
+            assert function(x.to(given), *(t for _, t in others), **keywords).dtype == half
         if F64 in DTYPES["native" if where.type == "cpu" else "triton"]:
             assert function(*make(dtype=F64, device=where).values(), **keywords).dtype == F64
 
