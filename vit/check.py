@@ -159,7 +159,8 @@ def in_dtype(record):
 def run_interpreter(seed):
     """Yield the records of the process described at the top of this file."""
     command = [sys.executable, "-m", __name__, str(seed)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "VITRITON_BACKEND": "auto"}
+    # one thread: the interpreter takes small steps, for which threads wait longer than they compute
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"TRITON_INTERPRET": "1", "VITRITON_BACKEND": "auto"}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
