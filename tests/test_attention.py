@@ -249,8 +249,17 @@ def test_repeatable_and_independent_of_grad_mode(where, dtype):
         assert not out.requires_grad and torch.equal(out, first["out"])
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @implementations()
-def test_an_image_and_a_head_alone(where, dtype):
+def test_an_image_and_a_head_alone(where, dtype, one_thread):
+    """On one thread, as PyTorch's own products in fp16 differ in their last bits by how threads share them."""
     inputs = attention_inputs(3, 2, 50, 50, 24, dtype=dtype, device=where)
     grad = randn(3, 2, 50, 24, dtype=dtype, device=where)
     together = run(attention, inputs, grad)
@@ -286,11 +295,12 @@ def largest_allocation(function, inputs, grad):
 
 
 @backends
-def test_no_map_of_queries_and_keys(where, unguarded):
-    inputs = attention_inputs(1, 1, 320, 320, 8, device=where)
-    grad = randn(1, 1, 320, 8, device=where)
-    assert largest_allocation(reference.attention, inputs, grad) >= 320 * 320 * 4
-    assert largest_allocation(attention, inputs, grad) < 320 * 320 * 4 / 2
+def test_no_map_of_queries_and_keys(where, backend, unguarded):
+    n = 320 if backend == "triton" else 2048  # PyTorch's fused operator has buffers of its own, some for each thread
+    inputs = attention_inputs(1, 1, n, n, 8, device=where)
+    grad = randn(1, 1, n, 8, device=where)
+    assert largest_allocation(reference.attention, inputs, grad) >= n * n * 4
+    assert largest_allocation(attention, inputs, grad) < n * n * 4 / 2
 
 
 @backends
