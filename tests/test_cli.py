@@ -327,7 +327,7 @@ def test_check_runs_the_interpreter_in_a_process_of_its_own():
     records = check.run_interpreter(0)
     first = next(records)
     records.close()  # the rest takes a minute; test_attention.py and others have it all
-    assert first["case"] == "attention" and first["ok"] and len(first["compared"]) == 4
+    assert first["case"] == "attention" and first["ok"] and len(first["compared"]) == 4, first
 
 
 def test_check_fails_if_the_interpreter_dies(monkeypatch):
