@@ -1,6 +1,7 @@
 """`pytest benchmarks`: what runs where, the table's form, and the fixture that checks an answer and then times it."""
 
 import os
+import warnings
 from functools import lru_cache
 
 import pytest
@@ -75,6 +76,8 @@ def compete(request, benchmark):
             return benchmark.pedantic(race.calls[rival])
         seconds, turns = (request.config.getoption(f"benchmark_{name}") for name in ("max_time", "min_rounds"))
         times = race.times(seconds=float(seconds), turns=turns)[rival]
+        if not race.undisturbed:
+            warnings.warn(f"other programs kept the processors busy: do not trust the times of {case}", stacklevel=2)
         replay.load(times)
         return benchmark.pedantic(lambda: None, rounds=len(times))
 

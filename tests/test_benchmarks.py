@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +18,19 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import race  # noqa: E402
-from timing import GPUClock, measure  # noqa: E402
+from vitriton.vit import timing  # noqa: E402
+from vitriton.vit.timing import CPUClock, GPUClock, measure  # noqa: E402
 
 
 class StandInClock:
-    """Each call takes the seconds that it returns; the first one after a pause, `cold` times as many."""
+    """Each call takes the seconds that it returns; the first one after a pause, `cold` times as many.
 
-    def __init__(self, cold=1):
+    `disturbances` tells of each round of turns whether it was disturbed; those that follow were not.
+    """
+
+    def __init__(self, cold=1, disturbances=()):
         self.cold, self.factor, self.pauses = cold, 1, 0
+        self.disturbances = iter([False, *disturbances])  # the first: since before the rounds
 
     def settle(self):
         self.factor, self.pauses = self.cold, self.pauses + 1
@@ -36,34 +42,83 @@ class StandInClock:
             self.factor = 1
         return times
 
+    def disturbed(self):
+        return next(self.disturbances, False)
+
 
 def test_a_slower_rival_is_slower_by_its_factor():
-    times = measure({"fast": lambda: 0.001, "slow": lambda: 0.003}, StandInClock(), seconds=0.1, turns=5)
+    calls = {"fast": lambda: 0.001, "slow": lambda: 0.003}
+    times, undisturbed = measure(calls, StandInClock(), seconds=0.1, turns=5)
+    assert undisturbed
     assert set(times["fast"]) == {0.001} and set(times["slow"]) == {0.003}
     assert len(times["fast"]) == 100 and len(times["slow"]) == 30  # 5 turns of 0.02 s
 
 
 def test_the_first_call_after_a_pause_is_not_counted():
     clock = StandInClock(cold=50)
-    times = measure({"a": lambda: 0.01, "b": lambda: 0.01}, clock, seconds=0.1, turns=3)
+    times, _ = measure({"a": lambda: 0.01, "b": lambda: 0.01}, clock, seconds=0.1, turns=3)
     assert set(times["a"] + times["b"]) == {0.01}
     assert clock.pauses == 2 * (1 + 3)
 
 
 def test_long_calls_are_not_made_more_often_than_they_count():
     calls = []
-    times = measure({"long": lambda: calls.append(0) or 1.0}, StandInClock(), seconds=0.1, turns=3)
+    times, _ = measure({"long": lambda: calls.append(0) or 1.0}, StandInClock(), seconds=0.1, turns=3)
     assert times == {"long": [1.0] * 3} and len(calls) == 2 + 3  # 2 to find out how long
 
 
 def test_rivals_take_turns_in_alternating_order():
     order = []
     calls = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
-    times = measure(calls, StandInClock(), seconds=0.1, turns=4)
+    times, _ = measure(calls, StandInClock(), seconds=0.1, turns=4)
     turns = [name for name, following in zip(order, [*order[1:], None], strict=True) if name != following]
     # calibration and the first turn, then backwards and forwards; the last of a round is the first of the next
     assert "".join(turns) == "abc" + "abc" + "ba" + "bc" + "ba"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+@pytest.mark.parametrize(
+    "disturbances, counted, undisturbed",
+    [
+        ([], [1.0, 1.1, 1.2], True),
+        ([True, False, True, False, False], [1.1, 1.3, 1.4], True),
+        ([True] * 6, [1.6], True),  # the seventh exhausts the patience
+        ([True] * 9, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6], False),
+    ],
+)
+def test_disturbed_rounds_are_made_again(disturbances, counted, undisturbed):
+    took = iter([1.0, 1.0] + [1 + i / 10 for i in range(10)])  # 2 to find out how long, then one a round
+    clock = StandInClock(disturbances=disturbances)
+    assert measure({"a": lambda: next(took)}, clock, seconds=3.0, turns=3) == ({"a": counted}, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "threads, others, disturbed", [(2, 0.1, False), (2, 0.2, True), (1, 1.1, False), (1, 1.2, True)]
+)
+def test_others_on_the_processors_are_noticed(threads, others, disturbed, tmp_path, monkeypatch):
+    """This process may use two of three processors; it has them for 0.7 s of a second, and others for `others`."""
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(timing, "Path", lambda path: stat)
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(timing.os, "sysconf", lambda name: 100, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    def at(second, own, others):
+        user, stolen = round(100 * own), round(100 * others)
+        idle = 1000 * second  # which must not be counted, as waiting for a disk and cpu2 must not
+        lines = ["cpu", f"cpu0 {user} 0 0 {idle} {idle} 0 0 0 0 0", f"cpu1 1 2 3 0 0 4 5 {stolen} 0 0", f"cpu2 {idle}"]
+        stat.write_text("\n".join([*lines, "intr 1 2 3"]))
+        clock = SimpleNamespace(perf_counter=lambda: second, process_time=lambda: own)
+        monkeypatch.setattr(timing, "time", clock)
+
+    at(5, 3.0, 40.0)
+    clock = CPUClock()
+    at(6, 3.7, 40.0 + others)
+    assert clock.disturbed() == disturbed
+    at(7, 4.4, 40.0 + others)
+    assert not clock.disturbed()  # since it was last asked
+    stat.unlink()
+    assert not CPUClock().disturbed()  # where the system does not tell
 
 
 def test_gpu_calls_are_timed_between_events_on_a_cleared_cache(monkeypatch):
@@ -159,6 +214,8 @@ seconds = 0.0
 class Clock:
     def settle(self): pass
 
+    def disturbed(self): return False
+
     def time(self, call, count):
         times = []
         for _ in range(count):
@@ -193,7 +250,7 @@ def test_a_run_shows_the_right_and_fails_the_wrong_and_says_why_the_gpu_is_skipp
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in ("CUDA", "HIP"):
         monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", "")
-    for name in ("conftest.py", "race.py", "timing.py"):
+    for name in ("conftest.py", "race.py"):
         shutil.copy(BENCHMARKS / name, pytester.path)
     pytester.makeini("[pytest]\nmarkers =\n    gpu\n    slow\n")
     pytester.path.joinpath("bench_doubling.py").write_text(BENCH)
@@ -218,7 +275,7 @@ def test_a_run_shows_the_right_and_fails_the_wrong_and_says_why_the_gpu_is_skipp
 
 def test_the_interpreter_is_refused(pytester, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name in ("conftest.py", "race.py", "timing.py"):
+    for name in ("conftest.py", "race.py"):
         shutil.copy(BENCHMARKS / name, pytester.path)
     result = pytester.runpytest_subprocess(".")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

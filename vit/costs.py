@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from ..kernels.reference import compare
 from .fuse import fuse
-from .measure import peak_memory, quartiles, side_by_side
+from .measure import peak_memory, quartiles
 from .reference import vit_preset
+from .timing import CPUClock, GPUClock, measure
 
 __all__ = ["cost", "cost_table"]
 
@@ -18,7 +19,7 @@ __all__ = ["cost", "cost_table"]
 ROWS_CPU = (("ti", "forward", 8), ("s", "forward", 4), ("b", "forward", 2), ("ti", "training step", 4))
 ROWS_GPU = (("ti", "forward", 128), ("s", "forward", 128), ("b", "forward", 64), ("s", "training step", 64))
 ROWS_QUICK = (("ti", "forward", 1), ("ti", "training step", 1))
-SECONDS = 6  # of timing for a row
+SECONDS = 2  # of timing for a model in a row; up to twice as many if other programs disturb
 
 
 def cost_table(records, device, quick=False):
@@ -26,7 +27,7 @@ def cost_table(records, device, quick=False):
 
     def rows():
         for row in ROWS_QUICK if quick else ROWS_CPU if device.type == "cpu" else ROWS_GPU:
-            records.append(cost(*row, device, seconds=0.5 if quick else SECONDS))
+            records.append(cost(*row, device, seconds=0.25 if quick else SECONDS))
             yield _cells(records[-1])
 
     header = ["model", "images", "time: plain", "fused", "faster", "memory: plain", "fused", "less", "answers"]
@@ -49,7 +50,7 @@ def cost(preset, what, images, device, *, seconds):
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=on_gpu and training)
     gold = _answer(copy.deepcopy(plain).double(), batch[:1].double(), labels[:1], training, nullcontext)
     record = {"model": f"ViT-{preset.capitalize()}", "what": what, "images": images, "dtype": str(dtype)[6:]}
-    record |= {"autocast": on_gpu and training, "out_of_memory": False, "noisy": False}
+    record |= {"autocast": on_gpu and training, "out_of_memory": False, "noisy": False, "disturbed": False}
 
     try:
         plain.to(device)
@@ -69,19 +70,18 @@ def cost(preset, what, images, device, *, seconds):
                 with torch.no_grad():
                     model(batch)
 
-        steps = [lambda: step(plain), lambda: step(fused)]
-        for warm_up in steps:
-            warm_up()
-        peaks = [peak_memory(measured, device) for measured in steps]
-        times = side_by_side(steps, device, seconds=seconds)
+        steps = {"plain": lambda: step(plain), "fused": lambda: step(fused)}
+        peaks = {name: peak_memory(measured, device) for name, measured in steps.items()}
+        clock = GPUClock(device) if on_gpu else CPUClock()
+        times, undisturbed = measure(steps, clock, seconds=seconds, patience=1)
     except torch.OutOfMemoryError:
         return record | {"out_of_memory": True, "ok": True}
 
-    for name, peak, time in zip(("plain", "fused"), peaks, times, strict=True):
-        lower, median, upper = quartiles(time)
-        record[name] = {"seconds": median, "quartiles": [lower, upper], "rounds": len(time), "peak_bytes": peak}
+    for name, taken in times.items():
+        lower, median, upper = quartiles(taken)
+        record[name] = {"seconds": median, "quartiles": [lower, upper], "calls": len(taken), "peak_bytes": peaks[name]}
         record["noisy"] |= upper - lower > median / 3
-    return record | {"ok": bool(error), "judged": str(error)}
+    return record | {"disturbed": not undisturbed, "ok": bool(error), "judged": str(error)}
 
 
 def _answer(model, images, labels, training, autocast):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +50,6 @@ def demo(args):
 
 
 def run(args, console, device, started):
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # before this program adds to it
     console.say("\n1. Train a plain ViT on real images")
     images, labels, held_out, held_out_labels = digits(device)
     model = small_vit(args.seed).to(device)
@@ -91,12 +89,13 @@ def run(args, console, device, started):
     costs = []
     console.table(*cost_table(costs, device, args.quick))
     console.say("  time: medians, measured in turns in this process; under 1.00x the fused model is slower")
-    if load > os.cpu_count() / 2 and device.type == "cpu":
-        console.say(f"  other programs share in these times: the load average was {load:.1f} when the demo began")
-    if noisy := [f"{row['model']}, {row['what']}" for row in costs if row["noisy"]]:
+    if disturbed := rows_that_are(costs, "disturbed"):
         console.say(
-            f"  noisy: the times of {'; '.join(noisy)} vary by a third or more; is the machine busy? Run it again"
+            f"  DO NOT TRUST the times of {disturbed}: other programs kept the processors busy, "
+            "which may have made them many times as long. End those programs and run it again"
         )
+    if noisy := rows_that_are(costs, "noisy"):
+        console.say(f"  noisy: the times of {noisy} vary by a third or more")
     console.say(f"  memory: {MEMORY}")
 
     console.say("\n5. Where it looks")
@@ -130,9 +129,12 @@ def run(args, console, device, started):
         report=report,
         sameness=sameness | {"restored_by_unfuse": restored},
         costs=costs,
-        load_average=round(load, 1),
         picture=args.out,
     )
+
+
+def rows_that_are(costs, what):
+    return "; ".join(f"{row['model']}, {row['what']}" for row in costs if row[what])
 
 
 def check_picture(path):

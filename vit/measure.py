@@ -1,17 +1,16 @@
-"""Time and peak memory of two ways to do the same thing, side by side, on a CPU or a GPU; and what that device is."""
+"""Devices in words, peak memory on a CPU or a GPU, and quartiles."""
 
 import json
 import os
 import platform
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 from .console import Problem
 
-__all__ = ["MEMORY", "cpu_name", "describe", "gpu", "peak_memory", "pick_device", "quartiles", "side_by_side"]
+__all__ = ["MEMORY", "cpu_name", "describe", "gpu", "peak_memory", "pick_device", "quartiles"]
 
 MEMORY = "the most that PyTorch's allocator held at a time, beyond what it held before: weights and input not counted"
 
@@ -58,26 +57,6 @@ def _synchronize(device):
     """Wait until `device` has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def side_by_side(steps, device, *, seconds, min_rounds=3, max_rounds=100):
-    """Time the functions `steps` in turns, each with the device idle before and after: a list of seconds for each.
-
-    The order is reversed from round to round, so that neither a drift of the clock nor what the one leaves in the
-    caches favours either. Stops after `seconds` or `max_rounds` rounds, but not before `min_rounds`. Warm up first.
-    """
-    times = [[] for _ in steps]
-    turns = list(enumerate(steps))
-    started = time.perf_counter()
-    while len(times[0]) < max_rounds and (len(times[0]) < min_rounds or time.perf_counter() - started < seconds):
-        for i, step in turns:
-            _synchronize(device)
-            start = time.perf_counter()
-            step()
-            _synchronize(device)
-            times[i].append(time.perf_counter() - start)
-        turns.reverse()
-    return times
 
 
 def quartiles(times):
