@@ -92,6 +92,12 @@ def test_disturbed_rounds_are_made_again(disturbances, counted, undisturbed):
     assert measure({"a": lambda: next(took)}, clock, seconds=3.0, turns=3) == ({"a": counted}, undisturbed)
 
 
+def test_long_calls_that_are_disturbed_are_given_up_soon():
+    for disturbances, count in [([False] * 3, 3), ([True] * 3, 1)]:
+        times, undisturbed = measure({"a": lambda: 9.0}, StandInClock(disturbances=disturbances), seconds=3.0, turns=3)
+        assert times == {"a": [9.0] * count} and undisturbed == (count == 3)
+
+
 @pytest.mark.parametrize(
     "threads, others, disturbed", [(2, 0.1, False), (2, 0.2, True), (1, 1.1, False), (1, 1.2, True)]
 )

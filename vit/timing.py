@@ -106,8 +106,8 @@ def measure(calls, clock, *, seconds=0.5, turns=5, patience=2):
     caches up and is not counted (none where calls are LONG), and the calls that are. Every other round goes through the
     rivals backwards, so that a machine that grows slower or faster meanwhile does so for all of them.
 
-    A round of turns in which `clock` was disturbed is made again, while all of them take less than 1 + `patience` times
-    what was asked for. Undisturbed rounds count; if there is none, the disturbed ones do, and `undisturbed` is False.
+    A round of turns in which `clock` was disturbed is made again, as long as all of them took less than 1 + `patience`
+    times what was asked for. Undisturbed rounds count; if there is none, the others do, and `undisturbed` is False.
     """
     fastest = {}
     for name, call in calls.items():
@@ -117,7 +117,7 @@ def measure(calls, clock, *, seconds=0.5, turns=5, patience=2):
     spent, most = 0.0, (1 + patience) * seconds * len(calls)
     order = list(calls)
     clock.disturbed()
-    while len(rounds[False]) < turns and (len(rounds[False]) + len(rounds[True]) < turns or spent < most):
+    while len(rounds[False]) < turns and (not rounds[True] or spent < most):
         times = {}
         for name in order:
             warmups = int(fastest[name] < LONG)
