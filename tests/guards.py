@@ -8,7 +8,8 @@ In a launch under the interpreter, `GuardError`, naming kernel, program and argu
 - two programs storing to one address, or one loading what another stores, in either order: a race on a GPU;
 - two lanes of one store, or two stores of one program, to one address, and a program loading what it has stored itself;
   memory in which each program has a part of its own may be named in `SCRATCH`, which allows the last two;
-- an atomic; an int8, int16 or int32 sum, difference or product that overflows; a grid that CUDA refuses.
+- an atomic; an int8, int16 or int32 sum, difference or product that overflows; a grid that CUDA refuses;
+- `tl.multiple_of` of what is none: the compiler would load wide at addresses that are not aligned.
 A masked load without `other` returns NaN (integers: a large wrong value) in its masked lanes, not 0.
 
 What the library allocates with torch.empty, empty_like, empty_strided, new_empty or new_empty_strided is full of NaN

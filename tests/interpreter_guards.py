@@ -1,4 +1,4 @@
-"""The guards of guards.py that watch Triton's interpreter: bounds, races, `other`, atomics, overflow, memory traffic.
+"""The guards of guards.py that watch Triton's interpreter: bounds, races, `other`, atomics, overflow, hints, traffic.
 
 Written against the interpreter of Triton 3.5 to 3.9; fails loudly where a version lacks what is patched here.
 """
@@ -319,6 +319,18 @@ def guard_interpreter(patches, heap, log):
 
         return binary_op_sanitize_overflow_impl
 
+    def check_hint(original):
+        def set_attr(self, name, values):
+            # of each dim, the compiler takes the first value of a run of consecutive ones to be such a multiple
+            if watch is not None and name == "tt.divisibility" and self.data.size:
+                for dim, value in enumerate(values):
+                    first = self.data.take(0, axis=dim) if self.data.ndim == len(values) else self.data
+                    if (first % value).any():
+                        watch.fail(f"multiple_of({values}) of {first[first % value != 0].flat[0]}")
+            return original(self, name, values)
+
+        return set_attr
+
     def patch_lang_once(original):
         # the interpreter repeats this at every call of a device function, for half of its time
         def _patch_lang(fn):
@@ -334,6 +346,7 @@ def guard_interpreter(patches, heap, log):
     builder, semantic = interpreter.InterpreterBuilder, triton.language.semantic.TritonSemantic
     patch(patches, interpreter.GridExecutor, "__call__", run)
     patch(patches, interpreter, "_implicit_cvt", convert)
+    patch(patches, interpreter.TensorHandle, "set_attr", check_hint)
     patch(patches, interpreter, "_patch_lang", patch_lang_once)
     patch(patches, builder, "set_grid_dim", set_grid_dim)
     patch(patches, builder, "set_grid_idx", set_grid_idx)

@@ -329,6 +329,28 @@ def test_int32_overflow(op):
         offset_kernel[(1,)](y, 2**30 + 1, op, False)
 
 
+@triton.jit
+def hint_kernel(x_ptr, y_ptr, stride, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.multiple_of(tl.program_id(0) * stride, ALIGN)
+    rows = tl.multiple_of(tl.arange(0, 2)[:, None] * stride, [1, ALIGN]) + tl.arange(0, BLOCK)[None, :]
+    tl.store(y_ptr + row + rows, tl.load(x_ptr + row + rows))
+
+
+def test_a_hint_that_lies():
+    x = torch.randn(2, 12)
+    hint_kernel[(1,)](x, torch.empty_like(x), 12, 4, 8)
+    hint_kernel[(1,)](x, torch.empty_like(x), 11, 1, 8)
+    with pytest.raises(GuardError, match=r"hint_kernel.*multiple_of\(\[1, 8\]\) of 12"):
+        hint_kernel[(1,)](x, torch.empty_like(x), 12, 8, 8)
+    with pytest.raises(GuardError, match=r"program \(1, 0, 0\).*multiple_of\(\[16\]\) of 24"):
+        scalar_hint_kernel[(2,)](x, 24, 16)
+
+
+@triton.jit
+def scalar_hint_kernel(x_ptr, stride, ALIGN: tl.constexpr):
+    tl.store(x_ptr + tl.program_id(0), tl.multiple_of(tl.program_id(0) * stride, ALIGN))
+
+
 def test_a_grid_that_cuda_refuses():
     with pytest.raises(GuardError, match="CUDA takes a grid of at most"):
         overlap_kernel[(1, 65536)](torch.ones(8), 8, 8)

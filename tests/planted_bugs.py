@@ -1,0 +1,451 @@
+"""Bugs to plant in the kernels, one at a time, and the test that must then fail. test_planted_bugs.py plants them.
+
+Each is a mistake that somebody could make tomorrow, and many of them have been made in libraries like this one. `text`
+stands exactly once in the file, in the function that `within` names if it is given (a piece of text that begins it).
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["BUGS", "Bug", "Stale"]
+
+
+class Stale(AssertionError):
+    """The table no longer fits the source."""
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`text` of kernels/`file` becomes `instead`; `why` it matters; `killed_by` the tests, as pytest takes them."""
+
+    name: str
+    file: str
+    text: str
+    instead: str
+    why: str
+    killed_by: str
+    within: str = ""
+    quick: bool = False  # planted in every run of the tests, not with `-m slow` only
+
+    def plant(self, source):
+        """The source with the bug; raises Stale where `text` does not stand there exactly once."""
+        start, end = 0, len(source)
+        if self.within:
+            if source.count(self.within) != 1:
+                raise Stale(f"{self.name}: kernels/{self.file} has {self.within!r} {source.count(self.within)} times")
+            start = source.index(self.within)
+            end = source.find("\n\n\n", start) % (len(source) + 1)
+        found = source.count(self.text, start, end)
+        if found != 1:
+            raise Stale(
+                f"{self.name}: {self.text!r} stands {found} times in {self.within or 'kernels/' + self.file}; it must "
+                "stand there once: change tests/planted_bugs.py as the code changed"
+            )
+        at = source.index(self.text, start, end)
+        return source[:at] + self.instead + source[at + len(self.text) :]
+
+
+FORWARD = (
+    Bug(
+        "keys: mask dropped", "attention.py", within="def _fwd_keys(",
+        text='s = tl.where(keys[None, :] < key_end, s * scale_log2e, -float("inf"))', instead="s = s * scale_log2e",
+        why="keys that are not there get a weight of exp(0)",
+        killed_by="test_attention.py::test_more_or_fewer_keys_than_queries", quick=True,
+    ),
+    Bug(
+        "keys: mask off by one", "attention.py", within="def _fwd_keys(",
+        text="keys[None, :] < key_end, s * scale_log2e", instead="keys[None, :] <= key_end, s * scale_log2e",
+        why="one key of zeros takes part where the tail is wider than the keys left over",
+        killed_by="test_attention.py::test_more_or_fewer_keys_than_queries",
+    ),
+    Bug(
+        "scale forgotten", "attention.py", within="def _fwd_keys(",
+        text="p = tl.exp2(s * scale_log2e - new_max[:, None])", instead="p = tl.exp2(s - new_max[:, None])",
+        why="whole tiles of keys would get another softmax than the tail",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "output not rescaled", "attention.py", within="def _fwd_keys(",
+        text="acc0 = acc0 * alpha[:, None]", instead="acc0 = acc0 * 1.0",
+        why="keys before a larger maximum keep too much weight",
+        killed_by="test_attention.py::test_attention", quick=True,
+    ),
+    Bug(
+        "second part of the output not rescaled", "attention.py", within="def _fwd_keys(",
+        text="acc1 = acc1 * alpha[:, None]", instead="acc1 = acc1 * 1.0",
+        why="only head dims of two parts, such as 72 and 80, would be wrong, and only in their last columns",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "sum not rescaled", "attention.py", within="def _fwd_keys(",
+        text="row_sum = row_sum * alpha + tl.sum(p, 1)", instead="row_sum = row_sum + tl.sum(p, 1)",
+        why="the weights of a query no longer add up to 1",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "maximum of this tile alone", "attention.py", within="def _fwd_keys(",
+        text="new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2e)", instead="new_max = tl.max(s, 1) * scale_log2e",
+        why="right until a later tile is so much lower that exp2 of the difference overflows",
+        killed_by="test_attacks.py::test_later_keys_far_lower",
+    ),
+    Bug(
+        "a maximum that starts too high", "attention.py",
+        text="LOWEST = tl.constexpr(-3.4e38)", instead="LOWEST = tl.constexpr(-1e4)",
+        why="rows whose logits are all below the sentinel underflow to zeros, as they did elsewhere",
+        killed_by="test_numerics.py::test_all_logits_far_from_zero",
+    ),
+    Bug(
+        "negative scale", "attention.py", within="def _fwd_queries(",
+        text="if NEGATE:", instead="if False:",
+        why="attention with a negative scale would be that of its absolute value",
+        killed_by="test_attention.py::test_scale",
+    ),
+    Bug(
+        "second part of the head dim not multiplied", "attention.py", within="def _dot_parts(",
+        text="c = tl.dot(a1, tl.trans(b1), c, out_dtype=ACC, input_precision=PRECISION)", instead="c = c",
+        why="logits of head dims 72, 80, 88, 96 would miss their last columns",
+        killed_by="test_attention.py::test_attention", quick=True,
+    ),
+    Bug(
+        "log-sum-exp in two bases", "attention.py", within="def _fwd_queries(",
+        text="row_max + tl.log2(row_sum)", instead="row_max + tl.log(row_sum)",
+        why="the output is right and every gradient is wrong",
+        killed_by="test_attention.py::test_attention", quick=True,
+    ),
+    Bug(
+        "double store", "attention.py", within="def _fwd_queries(",
+        text="mask=rows < NQ)", instead="mask=rows <= NQ)",
+        why="the last row of a head is stored by two programs: a race, and the end of the buffer is overrun",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "output stored beyond its last row", "attention.py", within="def _fwd_queries(",
+        text="MASK_M, D, D0, D1, ALIGN, OFFSET,\n    )  # fmt: skip\n    tl.store",
+        instead="False, D, D0, D1, ALIGN, OFFSET,\n    )  # fmt: skip\n    tl.store",
+        why="the queries that fill up a tail would overwrite the next image",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "strides of two dims swapped", "attention.py", within="def _attention_fwd_kernel(",
+        text="row_offset(row_start, stride_on, ALIGN)", instead="row_offset(row_start, stride_oh, ALIGN)",
+        why="right for the first tile of queries, so for every short sequence",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "strides of batch and head swapped", "attention.py", within="def _head_offset(",
+        text="b * stride_b + h * stride_h", instead="b * stride_h + h * stride_b",
+        why="right for one image, and for as many images as heads it only mixes them up",
+        killed_by="test_attention.py::test_qkv_attention", quick=True,
+    ),
+    Bug(
+        "padding of the head dim not masked", "attention.py", within="def _load_parts(",
+        text="stride_n, stride_d, MASK, D < D0, ALIGN", instead="stride_n, stride_d, MASK, False, ALIGN",
+        why="the next head's columns, or memory beyond the end, would enter every logit",
+        killed_by="test_attention.py::test_attention",
+    ),
+)  # fmt: skip
+
+
+BACKWARD = (
+    Bug(
+        "dq: scale forgotten", "attention.py", within="def _attention_bwd_dq_kernel(",
+        text="dq_ptr, dq0 * scale, dq1 * scale", instead="dq_ptr, dq0, dq1",
+        why="dq is off by a factor that no loss curve shows at once",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "dk: scale forgotten", "attention.py", within="def _attention_bwd_dkdv_kernel(",
+        text="dk_ptr, dk0 * scale, dk1 * scale", instead="dk_ptr, dk0, dk1",
+        why="dk is off by a factor that no loss curve shows at once",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "dq: delta forgotten", "attention.py", within="def _bwd_dq_keys(",
+        text="ds = p * (dp - delta[:, None])", instead="ds = p * dp",
+        why="the softmax's weights would no longer move against each other",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "delta of half the head dim", "attention.py", within="def _attention_bwd_dq_kernel(",
+        text="delta += tl.sum(do1.to(ACC) * out1.to(ACC), 1)", instead="delta += 0.0",
+        why="only head dims of two parts, such as 72 and 80, would be wrong",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "dq: keys that are not there", "attention.py", within="def _bwd_dq_keys(",
+        text="p = tl.where(keys[None, :] < key_end, p, 0.0)", instead="p = p",
+        why="their p is exp2(-lse), which is inf where all logits are low, and inf times 0 is NaN",
+        killed_by="test_attacks.py::test_gradients_of_logits_far_from_zero",
+    ),
+    Bug(
+        "dk, dv: last queries left out", "attention.py", within="def _attention_bwd_dkdv_kernel(",
+        text="if TAIL_M > 0:", instead="if False:",
+        why="dk and dv would miss what the last, partly filled tile of queries adds",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "dv: p of all queries of a row", "attention.py", within="def _bwd_dkdv_queries(",
+        text="scale_log2e - lse[None, :])", instead="scale_log2e - tl.max(lse, 0))",
+        why="each query has its own sum",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "lse not advanced", "attention.py", within="def _attention_bwd_dkdv_kernel(",
+        text="        lse_ptr += BLOCK_M\n", instead="        lse_ptr += 0\n",
+        why="every tile of queries would use the sums of the first",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "one key too many", "attention.py", within="def _attention_bwd_dkdv_kernel(",
+        text="key_end = NK - key_start", instead="key_end = NK - key_start + 1",
+        why="dk and dv are stored past the last key: into the next image",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "keys that no program takes", "attention.py", within="def attention_backward(",
+        text="(b, cdiv(nk, tiles.BLOCK_N), h)", instead="(b, max(1, nk // tiles.BLOCK_N), h)",
+        why="dk and dv of the last keys stay what memory held",
+        killed_by="test_attention.py::test_attention",
+    ),
+)  # fmt: skip
+
+LAYER_NORM_LINEAR = (
+    Bug(
+        "eps forgotten", "prenorm.py", within="def _row_statistics_kernel(",
+        text="tl.rsqrt(squares / K + eps)", instead="tl.rsqrt(squares / K)",
+        why="constant rows become inf and NaN",
+        killed_by="test_numerics.py::test_constant_rows_and_zero_rows", quick=True,
+    ),
+    Bug(
+        "variance of a sample", "prenorm.py", within="def _row_statistics_kernel(",
+        text="tl.rsqrt(squares / K + eps)", instead="tl.rsqrt(squares / (K - 1) + eps)",
+        why="LayerNorm divides by K; at K = 768 the difference is 0.07%",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "padding counted in the variance", "prenorm.py", within="def _row_statistics_kernel(",
+        text="centred = tl.where(cols[None, :] < K, x - chunk_mean[:, None], 0.0)",
+        instead="centred = x - chunk_mean[:, None]",
+        why="padded lanes add mean² to the variance, as they did in two known libraries",
+        killed_by="test_layer_norm_linear.py::test_grid", quick=True,
+    ),
+    Bug(
+        "variance as a difference of squares", "prenorm.py", within="def _row_statistics_kernel(",
+        text="chunk_squares = tl.sum(centred * centred, 1) - n * rest * rest",
+        instead="chunk_squares = tl.sum(x * x, 1) - n * chunk_mean * chunk_mean",
+        why="it cancels where the mean is large beside the spread",
+        killed_by="test_numerics.py::test_large_mean",
+    ),
+    Bug(
+        "chunks' means not compared", "prenorm.py", within="def _row_statistics_kernel(",
+        text="squares += chunk_squares + delta * delta * start * share", instead="squares += chunk_squares",
+        why="rows wider than one chunk would miss the spread between chunks",
+        killed_by="test_attacks.py::test_wide_rows",
+    ),
+    Bug(
+        "gamma not folded in", "prenorm.py", within="def _fold_kernel(",
+        text="folded = (w * gamma[None, :])", instead="folded = w",
+        why="norm_weight would be 1, as it is in a fresh model",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "beta forgotten", "prenorm.py", within="def _fold_kernel(",
+        text="d += tl.sum(w * beta[None, :], 1)", instead="d += 0.0",
+        why="norm_bias would be 0, as it is in a fresh model",
+        killed_by="test_layer_norm_linear.py::test_grid", quick=True,
+    ),
+    Bug(
+        "bias not added", "prenorm.py", within="def _fold_kernel(",
+        text="if HAS_BIAS:", instead="if False:",
+        why="a Linear without its bias",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "mean not taken off the product", "prenorm.py", within="def _layer_norm_linear_fwd_kernel(",
+        text="(d - (mean * rstd)[:, None] * tl.load(c_ptr + start_n + cols)[None, :])", instead="d",
+        why="right for rows whose mean is 0",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "large means cancelled", "prenorm.py",
+        text="CENTRE_FROM = tl.constexpr(32.0)", instead="CENTRE_FROM = tl.constexpr(1e9)",
+        why="x W - mean c cancels in half precision where |mean| is a thousand times the spread",
+        killed_by="test_numerics.py::test_means_in_half_precision",
+    ),
+    Bug(
+        "fp32 normalised after the product", "prenorm.py", within="def layer_norm_linear_forward(",
+        text="ALWAYS_NORMALISE=x.element_size() > 2", instead="ALWAYS_NORMALISE=False",
+        why="fp32 promises more digits than the mended product keeps",
+        killed_by="test_numerics.py::test_large_mean test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "rows beyond the last", "prenorm.py", within="def _layer_norm_linear_fwd_kernel(",
+        text="rows = tl.minimum(out_rows, row_end - 1)", instead="rows = out_rows",
+        why="loads past the end of x: a fault on a GPU, some day",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "last group of tiles", "prenorm.py", within="def tile_of_program(",
+        text="rows = min(blocks_m - first, GROUP)", instead="rows = GROUP",
+        why="right until the rows of tiles are no multiple of 8 and the columns more than one",
+        killed_by="test_attacks.py::test_tiles_of_an_incomplete_group",
+    ),
+    Bug(
+        "tanh's constant mistyped", "prenorm.py", within="def _gelu(",
+        text="0.044715", instead="0.04715",
+        why="off by 0.1%",
+        killed_by="test_layer_norm_linear.py::test_activations_over_their_range",
+    ),
+    Bug(
+        "GELU's derivative without its second term", "prenorm_backward.py", within="def _gelu_derivative(",
+        text=" + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)", instead="",
+        why="near enough to train with, and wrong",
+        killed_by="test_layer_norm_linear.py::test_activations_over_their_range",
+    ),
+    Bug(
+        "gamma forgotten in dx", "prenorm_backward.py", within="def layer_norm_linear_backward(",
+        text="dz, folded, x, mean, rstd", instead="dz, weight, x, mean, rstd",
+        why="right where norm_weight is 1, as it is in a fresh model",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "dx: mean of the gradient not taken off", "prenorm_backward.py", within="def _layer_norm_linear_dx_kernel(",
+        text="acc - (tl.load(s1_ptr + start_m + rows) / K)[:, None] - x", instead="acc - x",
+        why="a row's mean would get a gradient that LayerNorm does not let through",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "dx: spread of the gradient not taken off", "prenorm_backward.py", within="def _layer_norm_linear_dx_kernel(",
+        text="/ K)[:, None] - x)", instead="/ K)[:, None])",
+        why="a row's spread would get a gradient that LayerNorm does not let through",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "dx: not divided by the spread", "prenorm_backward.py", within="def _layer_norm_linear_dx_kernel(",
+        text="dx = rstd[:, None] * (acc", instead="dx = (acc",
+        why="right for rows whose variance is 1, as those of randn nearly are",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "s2 with the bias in it", "prenorm_backward.py", within="def _bwd_rows_kernel(",
+        text="s2 += tl.sum(dz * (z - d[None, :]), 1)", instead="s2 += tl.sum(dz * z, 1)",
+        why="right where norm_bias and bias are 0, as they are in a fresh model",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "mean not taken off in dgamma and dW", "prenorm_backward.py", within="def _dw_step(",
+        text="(x.to(mean.dtype) - mean[:, None]) * rstd[:, None]", instead="x.to(mean.dtype) * rstd[:, None]",
+        why="right for rows whose mean is 0",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "beta forgotten in dW", "prenorm_backward.py", within="def _dw_finish(",
+        text="dw = g * gamma[None, :] + db[:, None] * beta[None, :]", instead="dw = g * gamma[None, :]",
+        why="right where norm_bias is 0, as it is in a fresh model",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "splits not summed", "prenorm_backward.py", within="def _sum_splits_kernel(",
+        text="for _ in range(0, splits):", instead="for _ in range(0, 1):",
+        why="dW of the first rows only, and only for batches large enough to be split",
+        killed_by="test_layer_norm_linear.py::test_sums_over_many_rows",
+    ),
+    Bug(
+        "partial sums of db dropped", "prenorm_backward.py", within="def layer_norm_linear_backward(",
+        text="db = db.sum(0)", instead="db = db[0].clone()",
+        why="db of the first rows only",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "partial sums of dgamma dropped", "prenorm_backward.py", within="def layer_norm_linear_backward(",
+        text="dgamma.sum(0)", instead="dgamma[0].clone()",
+        why="dgamma of the first outputs only",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "last features out of dx", "prenorm_backward.py", within="def _layer_norm_linear_dx_kernel(",
+        text="if TAIL_N > 0:", instead="if False:",
+        why="outputs left over of whole tiles would have no gradient",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+)  # fmt: skip
+
+SHARED = (
+    Bug(
+        "`other` dropped", "tiles.py", within="def load_tile(",
+        text="mask=(rows[:, None] < row_end) & (cols[None, :] < col_end), other=0.0)",
+        instead="mask=(rows[:, None] < row_end) & (cols[None, :] < col_end))",
+        why="masked lanes hold 0 in the interpreter and anything on a GPU",
+        killed_by="test_layer_norm_linear.py::test_grid", quick=True,
+    ),
+    Bug(
+        "`other` of padded columns dropped", "tiles.py", within="def load_tile(",
+        text="mask=cols[None, :] < col_end, other=0.0)", instead="mask=cols[None, :] < col_end)",
+        why="masked lanes hold 0 in the interpreter and anything on a GPU",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "rows stored beyond the last", "tiles.py", within="def store_tile(",
+        text="tl.store(ptrs, x, mask=(rows[:, None] < row_end) & (cols[None, :] < col_end))",
+        instead="tl.store(ptrs, x, mask=cols[None, :] < col_end)",
+        why="what lies behind a tensor would be overwritten",
+        killed_by="test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "rows and columns swapped", "tiles.py", within="def _offsets(",
+        text="cols[None, :].to(OFFSET) * stride_col", instead="cols[None, :].to(OFFSET)",
+        why="right where the last stride is 1",
+        killed_by="test_attention.py::test_layouts test_layer_norm_linear.py::test_layouts",
+    ),
+    Bug(
+        "32-bit offset of a tile", "tiles.py", within="def row_offset(",
+        text="tl.cast(row, tl.int64) * stride_row", instead="row * stride_row",
+        why="right until a tensor has 2³¹ elements",
+        killed_by="test_attacks.py::test_offsets_beyond_2_to_31",
+    ),
+    Bug(
+        "32-bit offsets within a tile", "launch.py", within="def layout(",
+        text="triton.language.int64 if wide else triton.language.int32", instead="triton.language.int32",
+        why="right until one tile spans 2³¹ elements",
+        killed_by="test_attacks.py::test_offsets_beyond_2_to_31",
+    ),
+    Bug(
+        "an alignment that is not there", "launch.py", within="def alignment(",
+        text="align = math.gcd(align, stride)", instead="align = max(align, 1)",
+        why="the compiler would load 16 bytes at odd addresses: a fault on a GPU",
+        killed_by="test_attention.py::test_layouts test_layer_norm_linear.py::test_layouts",
+    ),
+    Bug(
+        "a tail too narrow", "launch.py", within="def tail(",
+        text="max(16, next_power_of_2(left))", instead="max(16, next_power_of_2(left) // 2)",
+        why="tokens that no tile takes",
+        killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "sums in half precision", "launch.py", within="def tl_accumulator(",
+        text="else triton.language.float32",
+        instead="else triton.language.float16 if dtype == torch.float16 else triton.language.float32",
+        why="sums that overflow, or lose a digit with each tile",
+        killed_by="test_attention.py::test_attention test_layer_norm_linear.py::test_grid",
+    ),
+    Bug(
+        "heads before q, k, v", "ops.py", within="def _split(",
+        text="qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)",
+        instead="qkv.view(b, n, heads, 3, width // (3 * heads)).permute(3, 0, 2, 1, 4)",
+        why="as other libraries pack it: checkpoints of a ViT would load and mean something else",
+        killed_by="test_attention.py::test_qkv_attention",
+    ),
+    Bug(
+        "scale forgotten between the passes", "ops.py", within="def _qkv_attention_grad(",
+        text="ctx.scale", instead="1.0",
+        why="the output is right and every gradient is wrong",
+        killed_by="test_attention.py::test_qkv_attention",
+    ),
+    Bug(
+        "wrong default of scale", "functions.py", within="def _check_scale(",
+        text="head_dim**-0.5", instead="head_dim**-1.0",
+        why="attention that is too soft",
+        killed_by="test_attention.py::test_attention",
+    ),
+)  # fmt: skip
+
+BUGS = FORWARD + BACKWARD + LAYER_NORM_LINEAR + SHARED
