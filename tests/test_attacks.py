@@ -24,7 +24,7 @@ from parity import (
     randn,
     run,
 )
-from vitriton.kernels import attention, configs, launch, layer_norm_linear, reference, use_backend
+from vitriton.kernels import attention, configs, launch, layer_norm_linear, qkv_attention, reference, use_backend
 
 pytest_plugins = ["parity"]
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy's, of what is not stored
@@ -62,6 +62,14 @@ def test_gradients_of_logits_far_from_zero(where, dtype, level):
     assert_parity(attention, inputs, spread=320.0 if dtype == F32 else 0.0, scale=1.0)
 
 
+@implementations()
+def test_several_images_heads_and_tiles(where, dtype):
+    """No two strides are alike, and each dim has more than one program."""
+    assert_parity(attention, attention_inputs(2, 3, 150, 130, 16, dtype=dtype, device=where))
+    qkv = randn(2, 130, 3 * 3 * 16, dtype=dtype, device=where).requires_grad_()
+    assert_parity(qkv_attention, {"qkv": qkv}, heads=3)
+
+
 # ---- layer_norm_linear
 
 
@@ -73,6 +81,19 @@ def test_wide_rows(where, dtype, k):
     with torch.no_grad():
         inputs["x"] += torch.linspace(-3, 5, k, device=where).to(dtype)
     assert_parity(layer_norm_linear, inputs, activation="gelu")
+
+
+@pytest.mark.parametrize("mean", [25.0, 1e3])
+@implementations()
+def test_mean_against_weights_of_one_sign(where, dtype, mean):
+    """Where all of W' has one sign, x W' and mean c are mean sqrt(K) times what their difference is."""
+    if dtype == torch.float64:
+        mean /= 100  # 1e-12 is less than what rounding a mean of 1e3 leaves
+    inputs = layer_norm_inputs((33,), 24, 768, dtype=dtype, device=where, mean=mean)
+    options = {"dtype": dtype, "device": where, "mean": 1.0, "std": 0.1}
+    inputs["norm_weight"] = randn(768, **options).requires_grad_()
+    inputs["weight"] = randn(24, 768, **options).requires_grad_()
+    assert_parity(layer_norm_linear, inputs)
 
 
 @implementations(F16)
@@ -111,7 +132,9 @@ def as_on(monkeypatch, device):
     return choose
 
 
-@pytest.mark.parametrize("n", [197, pytest.param(257, marks=pytest.mark.slow), pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n", [197, pytest.param(257, marks=pytest.mark.slow), pytest.param(600, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", attention_tiles(), ids=named)
 def test_attention_with_the_tiles_of(as_on, device, case, n):
     chip, dtype, d = case
@@ -120,7 +143,7 @@ def test_attention_with_the_tiles_of(as_on, device, case, n):
         assert_parity(attention, attention_inputs(1, 1, n, n, d, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("chip, dtype", [("sm_90", F16), ("sm_80", F16), ("sm_80", F32)], ids=str)
+@pytest.mark.parametrize("chip, dtype", [("sm_90", F16), ("sm_80", F16), ("sm_80", F32)])
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_layer_norm_linear_with_the_tiles_of(as_on, device, chip, dtype, activation):
     as_on(chip)
