@@ -424,7 +424,7 @@ SHARED = (
     Bug(
         "statistics in half precision", "launch.py", within="def accumulator(",
         text="torch.promote_types(dtype, torch.float32)", instead="dtype",
-        why="a log-sum-exp of 10 would be kept in steps of 1/128, so that every p made from it again is off by up to 0.3%",
+        why="a log-sum-exp of 10 would be kept in steps of 1/128: every p made from it again is off by up to 0.3%",
         killed_by="test_attention.py::test_memory_kept_for_backward",
     ),
     Bug(

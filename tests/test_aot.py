@@ -19,7 +19,8 @@ import pytest
 from vitriton.kernels import budget
 from vitriton.kernels.aot import Record
 from vitriton.kernels.counts import Loop
-from vitriton.kernels.executed import executed_per_pair
+from vitriton.kernels.executed import Executed, executed_per_pair
+from vitriton.kernels.targets import lines
 
 pytest.importorskip("triton", reason="the compiler is Triton's")
 
@@ -48,14 +49,18 @@ for result in survey(cases, jobs=2):
 Survey = namedtuple("Survey", "records failures")
 
 
+def compiler(*arguments):
+    """What Python prints in a process that compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module", params=[PART, pytest.param(WHOLE, marks=pytest.mark.slow)], ids=["part", "whole"])
 def survey(request):
     """What was compiled: its records, and what does not compile."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, json.dumps(request.param)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in compiler("-c", COMPILE, json.dumps(request.param)).splitlines()]
     return Survey(
         [Record.from_dict(plain) for plain in found if isinstance(plain, dict)],
         [failure for failure in found if isinstance(failure, list)],
@@ -145,6 +150,41 @@ def test_aligned_loads_are_wide(survey):
     assert_only_known(survey, "narrow loads", narrow, "these load too little at once: give a divisibility")
 
 
+# what takes an address in a loop
+ACCESS = re.compile(r"LDG|STG|LDGSTS|LD|ST|UTMALDG|(global|buffer|flat)_(load|store)\w*")
+
+
+def surplus_of_64_bit_arithmetic(record):
+    """64-bit integer instructions in the hot loop, beside those that make its addresses, one each (two where nothing
+    is aligned and ptxas adds a second time), and eight that move four pointers on."""
+    if not record.hot:
+        return 0
+    addresses = sum(n for name, n in record.hot.opcodes.items() if ACCESS.fullmatch(name))
+    return record.hot.address64 - addresses * (1 if record.aligned else 2) - 8
+
+
+def test_64_bit_arithmetic_is_for_addresses_only(survey):
+    """No tensor of the table has 2³¹ elements: offsets within a tile are int32, and no product in a loop is 64-bit."""
+    wide = [record.name for record in survey.records if "64" in record.config.get("OFFSET", "int32")]
+    assert wide == []
+    surplus = {record.name: n for record in survey.records if (n := surplus_of_64_bit_arithmetic(record)) > 0}
+    assert surplus == {}
+
+
+def test_the_main_loop_is_that_of_a_plain_product(survey):
+    """LayerNorm costs the loop nothing: at most 1.05 times the instructions of x Wᵀ in the same tiles."""
+    compared = 0
+    for record in survey.records:
+        if record.kernel == "layer_norm_linear_fwd" and record.arch in ("sm_80", "sm_90") and "qkv" in record.variants:
+            if record.dtype == "fp32":
+                continue
+            plain = compiler(HERE / "plain_product.py", record.arch, record.dtype, json.dumps(record.config))
+            main = min(loop.instructions for loop in record.loops if loop.macs == record.hot.macs)
+            assert main <= 1.05 * float(plain), record.name
+            compared += 1
+    assert compared
+
+
 def test_nothing_is_atomic(survey):
     assert [record.name for record in survey.records if record.atomics] == []
 
@@ -204,6 +244,52 @@ def test_dearer_means_over_two_percent():
     assert budget.dearer(kept, {"slots": 1, "bound": 1}) == [
         "per_pair at N = 197: 0.5 kept, not known now", "per_pair at N = 257: 0.4 kept, not known now",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "opcodes, address64, aligned, surplus",
+    [
+        ({"LDGSTS": 8, "STG": 2, "FFMA": 99}, 18, True, 0),
+        ({"LDGSTS": 8, "STG": 2, "FFMA": 99}, 30, True, 12),
+        ({"LDG": 64}, 136, False, 0),
+        ({"buffer_load_dwordx4": 4, "global_store_short": 4}, 17, True, 1),
+    ],
+)
+def test_surplus_of_64_bit_arithmetic(opcodes, address64, aligned, surplus):
+    rest = dict.fromkeys(Loop.__dataclass_fields__)
+    hot = Loop(**rest | {"opcodes": opcodes, "address64": address64})
+    record = Record(**dict.fromkeys(Record.__dataclass_fields__) | {"aligned": aligned, "loops": [hot]})
+    assert surplus_of_64_bit_arithmetic(record) == surplus
+
+
+def test_targets_stand_beside_figures():
+    """Lines for what is there; none for a kernel that is missing, that has no figure, or that is half of a pass."""
+
+    def record(kernel, arch, variants, slots=0.0, **figures):
+        rest = dict.fromkeys(Loop.__dataclass_fields__) | {"per_1024": {"issue": slots, "tensor": 2 * slots}}
+        labels = {"kernel": kernel, "arch": arch, "dtype": "bf16", "head_dim": 64, "aligned": True}
+        plain = dict.fromkeys(Record.__dataclass_fields__) | labels
+        return Record(**plain | {"variants": variants, "loops": [Loop(**rest)], "executed": {}} | figures)
+
+    executed = {"256": Executed(0.4), "257": Executed(0.5), "197": Executed(None, "why")}
+    records = [
+        record("attention_fwd", "sm_90", [257, 256, 197], 250.0, executed=executed),
+        record("attention_bwd_dq", "sm_90", [257], 200.0),
+        record("attention_bwd_dkdv", "sm_90", [257], 300.0),
+        record("attention_bwd_dq", "sm_80", [257], 200.0),
+        record(
+            "layer_norm_linear_fwd", "sm_90", ["qkv"], head_dim=None, epilogue=350,
+            config={"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8},
+        ),
+    ]  # fmt: skip
+    found = {line.what: (line.now, line.met) for line in lines(records)}
+    assert found == {
+        "attention forward, sm_90: slots per 1024 pairs": (250.0, False),
+        "attention forward, sm_90, N = 257: executed per pair": (0.5, False),
+        "attention forward, sm_90: N = 257 beside 256": (pytest.approx(1.25 * (257 / 256) ** 2), False),
+        "attention backward, sm_90: slots per 1024 pairs": (500.0, True),
+        "LayerNorm + Linear, sm_90, qkv: epilogue's slots per 1024 outputs": (175.0, True),
+    }
 
 
 def loop(instructions, macs, around, around_macs):

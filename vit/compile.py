@@ -6,6 +6,7 @@ import time
 from importlib import metadata
 
 from ..kernels.budget import accept
+from ..kernels.targets import lines
 from .console import Console, Problem, check_writable
 
 HEADER = ("kernel", "regs", "spill", "stack", "shared", "progs", "slots", "binds", "cycles", "per pair")
@@ -59,6 +60,10 @@ def compile_kernels(args):
             f"FAIL {failure.kernel} {case.arch} {case.dtype} hd{case.head_dim} {'' if case.aligned else 'un'}aligned: "
             f"{failure.error}"
         )
+    targets = lines(records)
+    if targets:
+        console.say()
+        console.table(("figure", "now", "target", "", "others"), [_target(line) for line in targets])
     unfit = [record for record in records if record.programs == 0]
     spilling = [record for record in records if record.spill_bytes or record.stack_bytes]
     seconds = time.perf_counter() - started
@@ -75,8 +80,13 @@ def compile_kernels(args):
         seconds,
         triton=metadata.version("triton"),
         records=[record.to_dict() | {"name": record.name} for record in records],
+        targets=[vars(line) | {"met": line.met} for line in targets],
         failures=[vars(failure.case) | {"kernel": failure.kernel, "error": failure.error} for failure in failures],
     )
+
+
+def _target(line):
+    return line.what, f"{line.now:.4g}", f"{line.most:.4g}", "" if line.met else "MISSED", line.peers
 
 
 def _badness(record):

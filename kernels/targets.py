@@ -1,0 +1,106 @@
+"""What the kernels are meant to cost, beside what they do cost and what others' kernels cost: lines for a table.
+
+All is bf16, aligned, head dim 64 unless said. Figures are counts of machine code (counts.py, executed.py), no timings:
+they stand for time only where the pipe that is counted binds. Peers were counted in the same way: FA2 as PyTorch 2.14
+ships it, FA3, FA4 (consumer warps; where executed instructions stand, those of their main loops alone) and QuACK.
+"""
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Line", "lines"]
+
+FORWARD = {"sm_80": (300, "FA4 312, FA2 419"), "sm_90": (240, "FA4 209, FA3 211, FA2 408")}
+BACKWARD = {"sm_80": (800, "FA2 788, with atomics"), "sm_90": (520, "FA2 776, FA4 326")}
+SHORT = {"sm_80": (0.45, "FA4 0.51, FA2 0.69"), "sm_90": (0.36, "FA4 0.52, FA3 0.78")}  # 197 tokens, and 257
+LONG = {"sm_80": 0.38, "sm_90": 0.31}  # 577 and 1025
+HEAD_DIMS = {72: 1.3, 80: 1.35, 88: 1.45}  # beside head dim 64; padding to 128 costs 2
+EPILOGUE = {"qkv": (200, "QuACK 223"), "gelu inference": (420, "QuACK 454")}
+
+
+@dataclass(frozen=True)
+class Line:
+    """`now`, of `what`, is to be at most `most`."""
+
+    what: str
+    now: float
+    most: float
+    peers: str = ""
+
+    @property
+    def met(self):
+        return self.now <= self.most
+
+
+def lines(records):
+    """The Lines whose figures are among these Records."""
+    figures = _Figures(records)
+    found = []
+    for arch, (most, peers) in FORWARD.items():
+        found.append(Line(f"attention forward, {arch}: slots per 1024 pairs", figures.forward(arch), most, peers))
+    for arch in FORWARD:
+        for n, most, peers in (
+            (197, *SHORT[arch]),
+            (257, SHORT[arch][0], ""),
+            (577, LONG[arch], ""),
+            (1025, LONG[arch], ""),
+        ):
+            what = f"attention forward, {arch}, N = {n}: executed per pair"
+            found.append(Line(what, figures.executed(arch, n) / n**2, most, peers))
+        one_more = figures.executed(arch, 257) / figures.executed(arch, 256)
+        found.append(Line(f"attention forward, {arch}: N = 257 beside 256", one_more, 1.1))
+        for d, most in HEAD_DIMS.items():
+            what = f"attention forward, {arch}, head dim {d} beside 64"
+            executed = figures.executed(arch, 257, d) / figures.executed(arch, 257)
+            found.append(Line(f"{what}: executed", executed, most))
+            tensor = figures.forward(arch, "tensor", d) / figures.forward(arch, "tensor")
+            found.append(Line(f"{what}: tensor cycles", tensor, most))
+    for arch, (most, peers) in BACKWARD.items():
+        slots = figures.backward(arch)
+        found.append(Line(f"attention backward, {arch}: slots per 1024 pairs", slots, most, peers))
+    tensor = figures.backward("sm_80", "tensor")
+    found.append(Line("attention backward, sm_80: tensor cycles per 1024 pairs", tensor, 1280, "FA2 1280"))
+    for shape, (most, peers) in EPILOGUE.items():
+        what = f"LayerNorm + Linear, sm_90, {shape}: epilogue's slots per 1024 outputs"
+        found.append(Line(what, figures.epilogue("sm_90", shape), most, peers))
+    return [line for line in found if not math.isnan(line.now)]
+
+
+class _Figures:
+    """Figures of the default kernels; NaN where the record is missing, or has none."""
+
+    def __init__(self, records):
+        self.records = {
+            (record.kernel, record.arch, record.head_dim, str(variant)): record
+            for record in records
+            if record.dtype == "bf16" and record.aligned
+            for variant in record.variants
+        }
+
+    def forward(self, arch, pipe="issue", head_dim=64):
+        record = self.records.get(("attention_fwd", arch, head_dim, "257"))
+        return record.hot.per_1024[pipe] if record else math.nan
+
+    def executed(self, arch, n, head_dim=64):
+        """Instructions of a head, in warp instructions."""
+        record = self.records.get(("attention_fwd", arch, head_dim, str(n)))
+        per_pair = record and record.executed[str(n)].per_pair
+        return math.nan if per_pair is None else per_pair * n**2
+
+    def backward(self, arch, pipe="issue"):
+        """The sum over the kernels that 257 tokens take."""
+        parts = [
+            record
+            for (kernel, *of), record in self.records.items()
+            if kernel.startswith("attention_bwd") and of == [arch, 64, "257"]
+        ]
+        if not parts or {part.kernel for part in parts} in ({"attention_bwd_dq"}, {"attention_bwd_dkdv"}):
+            return math.nan  # half of two
+        return sum(part.hot.per_1024[pipe] for part in parts)
+
+    def epilogue(self, arch, shape):
+        record = self.records.get(("layer_norm_linear_fwd", arch, None, shape))
+        if record is None:
+            return math.nan
+        outputs = record.config["BLOCK_M"] * record.config["BLOCK_N"] / record.config["num_warps"]
+        return record.epilogue * 1024 / outputs
