@@ -4,16 +4,18 @@ The same contracts as the Triton kernels: `attention_*` and `layer_norm_linear_*
 in attention.py and prenorm.py do, so that ops.py can choose either.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
 from .launch import accumulator
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# PyTorch's fused backward pass is slower in bf16 on a CPU than its products of matrices, which need a map of all pairs:
-# up to this many, 64 MB, they are used.
+# PyTorch's fused backward pass is slower in bf16 on a CPU than its products of matrices, which need two maps of all
+# pairs of queries and keys. They are used for as many images at a time as have this many pairs (64 MB a map).
 MOST_PAIRS = 2**25
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -31,16 +33,52 @@ def attention_forward(q, k, v, scale):
 
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
-    by_products = q.dtype == torch.bfloat16 and lse.numel() * k.shape[2] <= MOST_PAIRS  # fp16 scores may overflow
-    if q.device.type == "cpu" and not by_products:
+    images = images_by_products(q, q.shape[1] * q.shape[2] * k.shape[2])
+    if not images:
         grads = _flash_backward(*_rows_contiguous(grad, q, k, v, out), lse, 0.0, False, scale=scale)
-    else:
-        p = torch.matmul(q, k.transpose(-1, -2)).mul_(scale).softmax(-1)
-        dp = torch.matmul(grad, v.transpose(-1, -2))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
-        grads = (torch.matmul(ds, k), torch.matmul(ds.transpose(-1, -2), q), torch.matmul(p.transpose(-1, -2), grad))
-    for d, g in zip((dq, dk, dv), grads, strict=True):
-        d.copy_(g)
+        for d, g in zip((dq, dk, dv), grads, strict=True):
+            d.copy_(g)
+        return
+    tensors = zip(*(t.split(images) for t in (grad, q, k, v, dq, dk, dv)), strict=True)
+    for grad_, q_, k_, v_, *into in tensors:
+        copies = [t.clone(memory_format=torch.contiguous_format).flatten(0, 1) for t in (q_, k_, v_)]
+        _backward_by_products(grad_.reshape(-1, *grad.shape[2:]), *copies, scale)
+        for d, g in zip(into, copies, strict=True):
+            d.copy_(g.view(d.shape))
+
+
+def qkv_attention_backward(grad, qkv, heads, scale, images):
+    """grad (B,N,H*D), qkv (B,N,3*H*D) -> dqkv, by products, for so many images at a time."""
+    dqkv = qkv.new_empty(qkv.shape)
+    n, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    for grad_, qkv_, dqkv_ in zip(grad.split(images), qkv.split(images), dqkv.split(images), strict=True):
+        # (b,n,3*h*d) -> (3,b,h,n,d)
+        inside, dinside = (t.view(-1, n, 3, heads, d).permute(2, 0, 3, 1, 4) for t in (qkv_, dqkv_))
+        copy = inside.clone(memory_format=torch.contiguous_format)
+        grad_ = grad_.view(-1, n, heads, d).transpose(1, 2).reshape(-1, n, d)
+        _backward_by_products(grad_, *copy.flatten(1, 2).unbind(), scale)
+        dinside.copy_(copy)
+    return dqkv
+
+
+def images_by_products(q, pairs):
+    """Of how many images at a time, of so many pairs, products give the gradients; 0 if PyTorch's fused operator."""
+    if q.device.type != "cpu":
+        return q.shape[0]
+    return MOST_PAIRS // pairs if q.dtype == torch.bfloat16 else 0  # fp16 scores may overflow
+
+
+def _backward_by_products(grad, q, k, v, scale):
+    """Overwrite q, k and v with their gradients, (B*H,N,D) all of them, with two maps (B*H,Nq,Nk) in memory."""
+    q *= scale
+    p = torch.bmm(q, k.transpose(1, 2))
+    torch.softmax(p, -1, out=p)
+    ds = torch.bmm(grad, v.transpose(1, 2))
+    torch.bmm(p.transpose(1, 2), grad, out=v)
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+    dk = torch.bmm(ds.transpose(1, 2), q)
+    torch.bmm(ds, k, out=q).mul_(scale)
+    k.copy_(dk)
 
 
 def _rows_contiguous(*tensors):
@@ -50,50 +88,88 @@ def _rows_contiguous(*tensors):
 
 def _heads_inside(out):
     """(B,H,N,D) in any layout -> the same, laid out as (B,N,H,D)."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    inside = out.transpose(1, 2)
+    return out if inside.is_contiguous() else inside.contiguous().transpose(1, 2)
 
 
 def _layer_norm(x, norm_weight, norm_bias, eps):
-    """LayerNorm of x (M,K) in x's dtype, and mean (M,) and rstd (M,) in fp32 (fp64 for fp64)."""
-    shift = 0.0
-    if x.dtype == torch.float64 or x.shape[-1] == 1:
-        # centring twice takes away what the rounding of a large mean leaves: fp64 promises that, and of K = 1 it is all
-        shift = x.mean(dim=-1, keepdim=True)
-        x = x - shift
-    if norm_weight is not None:  # PyTorch keeps the statistics in the dtype of these
-        norm_weight, norm_bias = norm_weight.to(accumulator(x.dtype)), norm_bias.to(accumulator(x.dtype))
-    normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    return normed, (mean + shift).view(-1), rstd.view(-1)
+    """LayerNorm of x (...,K) in x's dtype, and mean and rstd (...,1) in fp32 (fp64 for fp64)."""
+    acc = accumulator(x.dtype)
+    if norm_weight.dtype != acc:  # in which PyTorch keeps the statistics
+        norm_weight, norm_bias = norm_weight.to(acc), norm_bias.to(acc)
+    if x.dtype != torch.float64 and x.shape[-1] > 1:
+        return torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    # centring twice takes away what the rounding of a large mean leaves: fp64 promises that, and of K = 1 it is all
+    shift = x.mean(dim=-1, keepdim=True)
+    normed, mean, rstd = torch.native_layer_norm(x - shift, x.shape[-1:], norm_weight, norm_bias, eps)
+    return normed, mean + shift, rstd
+
+
+def linear(x, weight, bias):
+    """x (...,K), weight (N,K), bias (N,) or None -> (...,N): F.linear, which copies the bias first, at some cost.
+
+    Differentiable in fp32 and fp64 only.
+    """
+    if bias is None or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    if x.dtype.itemsize > 2:
+        return F.linear(x, weight).add_(bias)
+    if _onednn_takes(x.dtype):
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@cache
+def _onednn_takes(dtype):
+    """Whether this PyTorch and this processor have oneDNN's Linear in this half precision; it rounds once."""
+    supported = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"
+    }[dtype]  # fmt: skip
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return getattr(torch.ops.mkldnn, supported)()
 
 
 def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, save_preactivation):
-    """x (M,K), weight (N,K) -> y (M,N), its pre-activation (M,N) or None, mean (M,), rstd (M,)."""
+    """x (...,K), weight (N,K) -> y (...,N), its pre-activation (...,N) or None, mean and rstd, of a row each."""
     normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)
-    z = F.linear(normed.to(weight.dtype), weight, bias)
+    z = linear(normed.to(weight.dtype), weight, bias)
     if activation is None:
         return z, None, mean, rstd
-    return F.gelu(z, approximate=_GELU[activation]), z if save_preactivation else None, mean, rstd
+    if save_preactivation:
+        return F.gelu(z, approximate=_GELU[activation]), z, mean, rstd
+    return torch.ops.aten.gelu_.default(z, approximate=_GELU[activation]), None, mean, rstd
 
 
 def layer_norm_linear_backward(
     grad, x, norm_weight, norm_bias, weight, bias, z, mean, rstd, eps, activation, need_dx, need_dw
 ):
-    """grad (M,N), z (M,N) -> dx (M,K) or None, (dnorm_weight, dnorm_bias, dweight, dbias) or None."""
+    """grad, z (...,N), x (...,K) -> dx (...,K) or None, (dnorm_weight, dnorm_bias, dweight, dbias) or None."""
     if activation is not None:
-        grad = torch.ops.aten.gelu_backward(grad, z, approximate=_GELU[activation])
-    acc = mean.dtype
-    gamma, beta = norm_weight.to(acc), norm_bias.to(acc)
-    normed = _layer_norm(x.to(acc), None, None, eps)[0]
-    # PyTorch's operator sums in its inputs' dtype, and cancels where |mean| is large beside the spread: it gets x̂,
-    # whose mean is 0 and rstd 1, for x, in fp32
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        (grad @ weight).to(acc), normed, x.shape[1:], torch.zeros_like(mean)[:, None], torch.ones_like(rstd)[:, None],
-        gamma, beta, [need_dx, need_dw, need_dw],
-    )  # fmt: skip
-    if need_dx:
-        dx = dx.mul_(rstd[:, None]).to(x.dtype)
+        grad = torch.ops.aten.gelu_backward.default(grad, z, approximate=_GELU[activation])
+    half, acc, k = x.dtype.itemsize == 2, mean.dtype, x.shape[-1]
+    gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
+    dy = grad @ weight
+    if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
+        dy = dy.to(acc)
+    if half and k > 1:  # whose mean is not so large beside a spread that fp32 sums cancel
+        rows = x.to(acc)
+    else:  # they would: the operator gets rows whose mean is 0
+        rows, mean = x - mean.view(*x.shape[:-1], 1), torch.zeros_like(mean)
+        if acc == torch.float64:
+            rows -= rows.mean(dim=-1, keepdim=True)
+    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
+        dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, need_dw, need_dw]
+    )
+    if half and need_dx:
+        dx = dx.to(x.dtype)
     if not need_dw:
         return dx, None
-    dweight = grad.t() @ torch.addcmul(beta, normed, gamma).to(weight.dtype)
-    dbias = None if bias is None else grad.sum(0)
-    return dx, (dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype), dweight, dbias)
+    if norm_weight.dtype != acc:
+        dnorm_weight, dnorm_bias = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
+    normed = _layer_norm(x, gamma, beta, eps)[0]
+    if normed.dtype != weight.dtype:
+        normed = normed.to(weight.dtype)
+    grad = grad.reshape(mean.numel(), weight.shape[0])
+    dweight = grad.t() @ normed.view(mean.numel(), k)
+    return dx, (dnorm_weight, dnorm_bias, dweight, None if bias is None else grad.sum(0))

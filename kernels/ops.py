@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache, wraps
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import native, reference
@@ -137,7 +138,7 @@ def _new_heads(x, b, h, n, d):
 
 def _as_own(x, shape):
     """x in another shape, its memory shared, but no view to autograd: a result that users may change in place."""
-    return torch.ops.aten._unsafe_view(x, shape)
+    return torch.ops.aten._unsafe_view.default(x, shape)
 
 
 def _split(qkv, heads):
@@ -190,7 +191,7 @@ def _attention_backward_fake(grad, q, k, v, out, lse, scale, backend):
 
 def _qkv_attention(qkv, heads, scale, backend):
     out, lse = _attention(*_split(qkv, heads), scale, backend)
-    return _as_own(out.transpose(1, 2), (*qkv.shape[:2], qkv.shape[2] // 3)), lse
+    return _as_own(out.transpose(1, 2), (qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)), lse
 
 
 def _qkv_attention_fake(qkv, heads, scale, backend):
@@ -199,6 +200,10 @@ def _qkv_attention_fake(qkv, heads, scale, backend):
 
 
 def _qkv_attention_backward(grad, qkv, out, lse, heads, scale, backend):
+    b, n, width = qkv.shape
+    natively = b and n > 1 and width and not _takes_triton(backend, qkv)
+    if natively and (images := native.images_by_products(qkv, heads * n * n)):
+        return native.qkv_attention_backward(grad, qkv, heads, scale, images)
     dqkv = qkv.new_empty(qkv.shape)
     grad, out = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (grad, out))
     _attention_into(grad, *_split(qkv, heads), out, lse, scale, backend, _split(dqkv, heads))
@@ -210,19 +215,24 @@ def _qkv_attention_backward_fake(grad, qkv, out, lse, heads, scale, backend):
 
 
 def _layer_norm_linear_takes_triton(x, weight, backend):
-    takes_triton = _takes_triton(backend, x) and _takes_triton(backend, weight)
+    takes_triton = _takes_triton(backend, x) and (x.dtype == weight.dtype or _takes_triton(backend, weight))
     return takes_triton and x.numel() > 0 and weight.numel() > 0  # PyTorch knows what to do with nothing
 
 
 def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend):
-    if _layer_norm_linear_takes_triton(x, weight, backend):
-        forward = triton_layer_norm_linear_forward
-    else:
-        forward = native.layer_norm_linear_forward
+    if not _layer_norm_linear_takes_triton(x, weight, backend):
+        return native.layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, save)
     rows = x.reshape(-1, x.shape[-1])
-    y, z, mean, rstd = forward(rows, norm_weight, norm_bias, weight, bias, eps, activation, save)
+    y, z, mean, rstd = triton_layer_norm_linear_forward(
+        rows, norm_weight, norm_bias, weight, bias, eps, activation, save
+    )
     shape = (*x.shape[:-1], weight.shape[0])
-    return _as_own(y, shape), weight.new_empty(0) if z is None else z.view(shape), mean, rstd
+    return _as_own(y, shape), None if z is None else z.view(shape), mean, rstd
+
+
+def _layer_norm_linear_all(x, norm_weight, norm_bias, weight, *args):
+    y, z, mean, rstd = _layer_norm_linear(x, norm_weight, norm_bias, weight, *args)
+    return y, weight.new_empty(0) if z is None else z, mean.view(-1), rstd.view(-1)
 
 
 def _layer_norm_linear_fake(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend):
@@ -235,19 +245,32 @@ def _layer_norm_linear_fake(x, norm_weight, norm_bias, weight, bias, eps, activa
 def _layer_norm_linear_backward(
     grad, x, norm_weight, norm_bias, weight, bias, z, mean, rstd, eps, activation, need_dx, need_dw, backend
 ):
+    tensors = norm_weight, norm_bias, weight, bias
     if _layer_norm_linear_takes_triton(x, weight, backend):
-        backward = triton_layer_norm_linear_backward
+        (n, k), m = weight.shape, mean.numel()
+        dx, dw = triton_layer_norm_linear_backward(
+            grad.reshape(m, n),
+            x.reshape(m, k),
+            *tensors,
+            z.reshape(m, n),
+            mean,
+            rstd,
+            eps,
+            activation,
+            need_dx,
+            need_dw,
+        )
+        dx = dx if dx is None else dx.view(x.shape)
     else:
-        backward = native.layer_norm_linear_backward
-    (n, k), m = weight.shape, mean.numel()
-    dx, dw = backward(
-        grad.reshape(m, n), x.reshape(m, k), norm_weight, norm_bias, weight, bias, z.reshape(m, n), mean, rstd,
-        eps, activation, need_dx, need_dw,
-    )  # fmt: skip
-    if need_dx and k == 1:  # x̂ of one feature is 0 whatever x is; dz W' - s1 is 0 but for rounding
+        dx, dw = native.layer_norm_linear_backward(grad, x, *tensors, z, mean, rstd, eps, activation, need_dx, need_dw)
+    if need_dx and x.shape[-1] == 1:  # x̂ of one feature is 0 whatever x is; dz W' - s1 is 0 but for rounding
         dx.mul_(0)
-    none = x.new_empty(0)
-    return none if dx is None else dx.view(x.shape), *(none if d is None else d for d in dw or (None,) * 4)
+    return dx, *(dw or (None,) * 4)
+
+
+def _layer_norm_linear_backward_all(grad, x, *args):
+    grads = _layer_norm_linear_backward(grad, x, *args)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 def _layer_norm_linear_backward_fake(
@@ -284,7 +307,7 @@ layer_norm_linear = _operator(
     "layer_norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, float eps,"
     " str? activation, bool save_preactivation, str backend)"
     " -> (Tensor y, Tensor preactivation, Tensor mean, Tensor rstd)",
-    _layer_norm_linear,
+    _layer_norm_linear_all,
     _layer_norm_linear_fake,
 )
 layer_norm_linear_backward = _operator(
@@ -292,7 +315,7 @@ layer_norm_linear_backward = _operator(
     " Tensor? bias, Tensor preactivation, Tensor mean, Tensor rstd, float eps, str? activation, bool need_dx,"
     " bool need_dw, str backend)"
     " -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)",
-    _layer_norm_linear_backward,
+    _layer_norm_linear_backward_all,
     _layer_norm_linear_backward_fake,
 )
 
@@ -316,14 +339,13 @@ def _differentiate_twice(function, grad, inputs, grads_of_gradients):
 def _attention_setup(ctx, inputs, output):
     q, k, v, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _attention_grad(ctx, grad, _):
+def _attention_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 5
-    return *attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None
+    return *_call(attention_backward, _attention_backward, grad, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None
 
 
 def _attention_backward_setup(ctx, inputs, output):
@@ -343,14 +365,20 @@ def _attention_backward_grad(ctx, *grads_of_gradients):
 def _qkv_attention_setup(ctx, inputs, output):
     qkv, ctx.heads, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(qkv, *output)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _qkv_attention_grad(ctx, grad, _):
+def _qkv_attention_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 4
-    return qkv_attention_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend), None, None, None
+    return (
+        _call(
+            qkv_attention_backward, _qkv_attention_backward, grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend
+        ),
+        None,
+        None,
+        None,
+    )
 
 
 def _qkv_attention_backward_setup(ctx, inputs, output):
@@ -369,9 +397,8 @@ def _qkv_attention_backward_grad(ctx, grad_of_gradient):
 
 def _layer_norm_linear_setup(ctx, inputs, output):
     x, norm_weight, norm_bias, weight, bias, ctx.eps, ctx.activation, save, ctx.backend = inputs
-    y, preactivation, mean, rstd = output
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, preactivation if save else y, mean, rstd)
-    ctx.mark_non_differentiable(preactivation, mean, rstd)
+    y, z, mean, rstd = output
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, z if save else y, mean, rstd)
     ctx.set_materialize_grads(False)
 
 
@@ -379,8 +406,16 @@ def _layer_norm_linear_grad(ctx, grad, *_):
     need_dx, *need_dw = ctx.needs_input_grad[:5]
     if grad is None:
         return (None,) * 9
-    grads = layer_norm_linear_backward(
-        grad, *ctx.saved_tensors, ctx.eps, ctx.activation, need_dx, any(need_dw), ctx.backend
+    grads = _call(
+        layer_norm_linear_backward,
+        _layer_norm_linear_backward,
+        grad,
+        *ctx.saved_tensors,
+        ctx.eps,
+        ctx.activation,
+        need_dx,
+        any(need_dw),
+        ctx.backend,
     )
     needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
     return *(g if need else None for g, need in needed), None, None, None, None
@@ -402,15 +437,93 @@ def _layer_norm_linear_backward_grad(ctx, *grads_of_gradients):
     return *_differentiate_twice(function, grad, inputs, grads_of_gradients), *(None,) * 8
 
 
+def _differentiable(op, setup, grad):
+    """Register the gradient of `op`, whose first result is the only one to be differentiated."""
+
+    def setup_context(ctx, inputs, output):
+        setup(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    torch.library.register_autograd(op.default, grad, setup_context=setup_context, lib=library)
+
+
+_differentiable(attention, _attention_setup, _attention_grad)
+_differentiable(qkv_attention, _qkv_attention_setup, _qkv_attention_grad)
+_differentiable(layer_norm_linear, _layer_norm_linear_setup, _layer_norm_linear_grad)
 for _op, _setup, _grad in (
-    (attention, _attention_setup, _attention_grad),
     (attention_backward, _attention_backward_setup, _attention_backward_grad),
-    (qkv_attention, _qkv_attention_setup, _qkv_attention_grad),
     (qkv_attention_backward, _qkv_attention_backward_setup, _qkv_attention_backward_grad),
-    (layer_norm_linear, _layer_norm_linear_setup, _layer_norm_linear_grad),
     (layer_norm_linear_backward, _layer_norm_linear_backward_setup, _layer_norm_linear_backward_grad),
 ):
     torch.library.register_autograd(_op.default, _grad, setup_context=_setup, lib=library)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The way past PyTorch's dispatcher, where nobody looks at operators. An operator that is written in Python takes
+# hundreds of microseconds a call with its caches cold, as long as LayerNorm + Linear of a small ViT takes on a CPU;
+# torch.autograd.Function, in its older form, takes no more than PyTorch's own functions.
+
+
+def _mode():
+    """Whether a mode or a transform sees operators, or changes them: tracing, counting, fakes, autocast, ..."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+    )
+
+
+def _watched(args):
+    """Whether a mode, or a subclass of Tensor among args, sees operators."""
+    if _mode():
+        return True
+    for t in args:
+        if isinstance(t, torch.Tensor) and type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
+            return True
+    return False
+
+
+def _call(op, implementation, *args):
+    if torch.is_grad_enabled() or _mode():  # a backward pass of what was not watched has no subclasses either
+        return op(*args)
+    return implementation(*args)
+
+
+def _callable(op, implementation, setup, grad):
+    """`op` or what comes to the same, but for its first result only."""
+
+    def forward(ctx, *args):
+        output = implementation(*args)
+        setup(ctx, args, output)
+        return output[0]
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(grad)}
+    function = type(implementation.__name__, (torch.autograd.Function,), members)
+
+    def call(*args, needs_grad):
+        if _watched(args):
+            return op(*args)[0]
+        return function.apply(*args) if needs_grad else implementation(*args)[0]
+
+    return call
+
+
+call_attention = _callable(attention, _attention, _attention_setup, _attention_grad)
+call_qkv_attention = _callable(qkv_attention, _qkv_attention, _qkv_attention_setup, _qkv_attention_grad)
+call_layer_norm_linear = _callable(
+    layer_norm_linear, _layer_norm_linear, _layer_norm_linear_setup, _layer_norm_linear_grad
+)
+
+
+def linear(x, weight, bias):
+    """F.linear(x, weight, bias), by native.py's faster way where that gives the same."""
+    tensors = x, weight, bias
+    if bias is None or x.device.type != "cpu" or _watched(tensors):
+        return F.linear(*tensors)
+    if x.dtype.itemsize == 2 and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return F.linear(*tensors)
+    return native.linear(*tensors)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Floating-point operations of the matrix products, for torch.utils.flop_counter (2 per multiply-add); what a backward

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import layer_norm_linear, qkv_attention
+from ..kernels.ops import linear
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
@@ -34,7 +35,7 @@ class FusedAttention(Attention):
         qkv = None if norm is None else merged(x, norm, self.to_qkv)
         if qkv is None:
             qkv = self.to_qkv(x if norm is None else norm(x))
-        return self.to_out(qkv_attention(qkv, self.heads, scale=self.scale))
+        return apply(self.to_out, qkv_attention(qkv, self.heads, scale=self.scale))
 
     def _only_softmax(self):
         """Whether nothing but softmax stands between the scores and their product with v, and nobody looks at it."""
@@ -59,13 +60,13 @@ class FusedFeedForward(FeedForward):
             return self.plain.forward(self, x)
         hidden = None
         if untouched(self.net, nn.Sequential):
-            linear, gelu, *rest = self.net
+            first, gelu, *rest = self.net
             if untouched(gelu, nn.GELU):
-                hidden = merged(x, norm, linear, ACTIVATIONS[gelu.approximate])
+                hidden = merged(x, norm, first, ACTIVATIONS[gelu.approximate])
         if hidden is None:
             return self.plain.forward(self, norm(x))
         for module in rest:
-            hidden = module(hidden)
+            hidden = apply(module, hidden)
         return hidden
 
 
@@ -101,13 +102,28 @@ def untouched(module, kind):
     )
 
 
-def merged(x, norm, linear, activation=None):
-    """activation(linear(norm(x))) in one call; None where that is not surely what calling the modules one by one is."""
-    if not (untouched(norm, nn.LayerNorm) and untouched(linear, nn.Linear) and len(norm.normalized_shape) == 1):
+def merged(x, norm, fn, activation=None):
+    """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same."""
+    if not (untouched(norm, nn.LayerNorm) and untouched(fn, nn.Linear) and len(norm.normalized_shape) == 1):
         return None
     # read from the dicts in which nn.Module keeps them: by attribute each takes a microsecond
     norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    weight, bias = fn._parameters.get("weight"), fn._parameters.get("bias")
     if not (type(norm_weight) in PLAIN_TENSORS and type(norm_bias) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS):
         return None
     return layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=norm.eps, activation=activation)
+
+
+def apply(module, x):
+    """module(x), past what calls it where that is surely the same: a Linear's fastest way, a Dropout that is idle."""
+    if untouched(module, nn.Sequential):
+        for child in module:
+            x = apply(child, x)
+        return x
+    if untouched(module, nn.Linear):
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if type(weight) in PLAIN_TENSORS and type(bias) in PLAIN_TENSORS:
+            return linear(x, weight, bias)
+    elif untouched(module, nn.Dropout) and not (module.training and module.p):
+        return x
+    return module(x)
