@@ -39,8 +39,8 @@ class Shape(NamedTuple):
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "gpu": (torch.bfloat16, torch.float16)}
 SHAPES = {
-    "cpu": [Shape("ti", 1, 197), Shape("s", 4, 197)],
-    "gpu": [Shape("s", 64, 197), Shape("b", 64, 197)],
+    "cpu": [Shape("ti", 1, 197), Shape("s", 4, 197), Shape("h", 1, 257)],
+    "gpu": [Shape("s", 64, 197), Shape("b", 64, 197), Shape("b", 16, 577), Shape("h", 32, 257)],
 }
 SLOW_BATCHES = {"cpu": (1, 8), "gpu": (1, 64)}
 SLOW_SHAPES = {
@@ -110,18 +110,17 @@ class Replay:
 replay = Replay()
 
 
-def entries(*questions, shapes=None):
+def entries(*questions):
     """(case, rival) of every case of these questions, as parameters of a test; the rivals of a case are neighbours.
 
-    All of SLOW_SHAPES are marked slow, but for those in SHAPES and in `shapes`, which has the same form.
+    Those of SLOW_SHAPES that are not in SHAPES are marked slow.
     """
     params = []
     for question in questions:
         for device in DTYPES:
-            quick = SHAPES[device] + (shapes or {}).get(device, [])
-            for shape in dict.fromkeys(quick + SLOW_SHAPES[device]):
+            for shape in dict.fromkeys(SHAPES[device] + SLOW_SHAPES[device]):
                 marks = [pytest.mark.benchmark(timer=replay)]
-                marks += [pytest.mark.gpu] * (device == "gpu") + [pytest.mark.slow] * (shape not in quick)
+                marks += [pytest.mark.gpu] * (device == "gpu") + [pytest.mark.slow] * (shape not in SHAPES[device])
                 for dtype in DTYPES[device]:
                     for backward in (False, True):
                         case = Case(question, shape, dtype, device, backward)

@@ -428,10 +428,9 @@ def test_compiles_to_one_graph(unguarded):
         return graph.forward
 
     with fresh_compiler():
-        compiled = torch.compile(layer, backend=backend, fullgraph=True)
+        compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
         for tokens in (5, 6, 17):
             x = torch.randn(2, tokens, 24)
-            torch._dynamo.mark_dynamic(x, 1)
             torch.testing.assert_close(compiled(x), layer(x))
     (graph,) = graphs
     assert [t for t in graph if "softmax" in str(t) or "layer_norm" in str(t).replace("layer_norm_linear", "")] == []

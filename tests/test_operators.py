@@ -249,17 +249,15 @@ def run_block(block, forward, x):
     return dict(enumerate((out.detach(), *torch.autograd.grad(out, (x, *block.parameters()), torch.ones_like(out)))))
 
 
-@pytest.mark.parametrize("backend, mark", [("triton", "marked"), ("native", "marked"), ("native", "dynamic")])
-def test_compiles_once_for_every_length(where, mark):
+@backends
+def test_compiles_once_for_every_length(where):
     """One graph without breaks, N from 127 to 193 without another compilation, and the same bits as eager."""
     torch._dynamo.reset()
     block, compiler = Block(where), CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(block, backend=compiler, fullgraph=True, dynamic=True if mark == "dynamic" else None)
+    compiled = torch.compile(block, backend=compiler, fullgraph=True, dynamic=True)
     compilations = set()
     for n in (127, 193, 150):
         x = randn(1, n, 16, device=where).requires_grad_()
-        if mark == "marked":
-            torch._dynamo.mark_dynamic(x, 1)
         assert_same_bits(run_block(block, compiled, x), run_block(block, block, x))
         compilations.add(compiler.frame_count)
     assert len(compilations) == 1
