@@ -182,6 +182,24 @@ def test_changing_what_was_saved(where, case):
             out.sum().backward()
 
 
+@cases
+@backends
+def test_changing_a_result(where, case):
+    """In place, under autograd: as good as a copy where the backward pass does not need the result, else its error."""
+    function, make, keywords = CASES[case]
+    inputs = make(device=where)
+    out = function(*inputs.values(), **keywords)
+    grad = torch.randn_like(out)
+    if case in ("attention", "qkv_attention", "layer_norm_linear"):
+        with pytest.raises(RuntimeError, match="modified .*inplace"):
+            out.mul_(2).backward(grad)
+    else:
+        assert_same_bits(
+            run(lambda *args: function(*args, **keywords).mul_(2), inputs, grad),
+            run(lambda *args: function(*args, **keywords) * 2, inputs, grad),
+        )
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @cases
 @backends
