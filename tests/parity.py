@@ -94,6 +94,19 @@ def assert_parity(function, inputs, grad=None, *, base=None, spread=0.0, **optio
     The golden value is the formula in fp64; the measure of rounding is the formula in the inputs' dtype, or `base`.
     `grad`, that of the output, is drawn if there is none. `spread`: see assert_close.
     """
+    result, base, gold = three_ways(function, inputs, grad, base=base, **options)
+    assert_close(result, base, gold, spread)
+    return result
+
+
+def assert_parity_of_draws(function, draws, **options):
+    """assert_parity of several inputs of the same shapes as one: the rms of a few rounding errors is chance."""
+    ways = zip(*(three_ways(function, inputs, **options) for inputs in draws), strict=True)
+    assert_close(*({name: torch.stack([draw[name] for draw in way]) for name in way[0]} for way in ways))
+
+
+def three_ways(function, inputs, grad=None, *, base=None, **options):
+    """What `run` gives of the function, of the measure of rounding, and of the golden formula: see assert_parity."""
     plain = getattr(reference, function.__name__)
     if grad is None:
         shape = plain(*copies(inputs, F64).values(), **options).shape
@@ -101,8 +114,7 @@ def assert_parity(function, inputs, grad=None, *, base=None, spread=0.0, **optio
         grad = randn(*shape, dtype=like.dtype, device=like.device)
     result = run(function, inputs, grad, **options)
     gold = run(plain, copies(inputs, F64), grad.to(F64), **options)
-    assert_close(result, run(base or plain, copies(inputs), grad, **options), gold, spread)
-    return result
+    return result, run(base or plain, copies(inputs), grad, **options), gold
 
 
 def assert_close(result, base, gold, spread=0.0):

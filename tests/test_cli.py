@@ -80,6 +80,7 @@ def test_help_names_every_subcommand(capsys):
         (["demo", "--epochs", "0"], "0 is not positive"),
         (["demo", "--seconds", "x"], "invalid float value"),
         (["check", "--only", "cpu"], "native"),
+        (["compile", "--rows", "-1"], "-1 is less than 0"),
     ],
 )
 def test_bad_arguments(args, message, capsys):
@@ -107,6 +108,27 @@ def test_demo_finds_what_is_wrong_before_it_trains(args, message, capsys, monkey
     error = capsys.readouterr().err
     assert error.startswith("vitriton demo: error: ") and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--dump", "file/folder"], "cannot make the folder --dump file/folder: Not a directory"),
+        (["--kernel", "fold", "--head-dim", "64"], "nothing to compile"),
+        (["--arch", "sm_70"], "--arch is 'sm_70'; allowed are sm_80, "),
+    ],
+)
+def test_compile_finds_what_is_wrong_before_it_compiles(args, message, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed, so nothing can be compiled")
+    from vitriton.kernels import survey
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(survey, "survey", lambda *_, **__: pytest.fail("it compiled"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(["compile", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vitriton compile: error: ") and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("module, name", [("sklearn", "scikit-learn"), ("rich", "rich"), ("matplotlib", "matplotlib")])

@@ -191,7 +191,7 @@ def test_changing_a_result(where, case):
     out = function(*inputs.values(), **keywords)
     grad = torch.randn_like(out)
     if case in ("attention", "qkv_attention", "layer_norm_linear"):
-        with pytest.raises(RuntimeError, match="modified .*inplace"):
+        with pytest.raises(RuntimeError, match=r"modified .*inplace"):
             out.mul_(2).backward(grad)
     else:
         assert_same_bits(

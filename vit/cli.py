@@ -63,7 +63,7 @@ downloaded), to at least 97% of right answers on images that it has not seen. Th
     rounding error that the plain model itself has;
   - time and peak memory of ViT-Ti, ViT-S and ViT-B at 224 px, plain and fused, on this machine, whoever wins;
   - a picture of test images with their predictions and where the CLS token looks.
-It takes about two minutes on two cores. Images, split and seed are fixed: the same machine gives the same model.""",
+It takes one to two minutes on two cores. Images, split and seed are fixed: the same machine gives the same model.""",
         examples="""\
 examples:
   vitriton demo                           the whole demo; writes vitriton-demo.png
@@ -181,7 +181,7 @@ examples:
     parser.add_argument("--dump", metavar="DIR", help="write assembly, machine code and binaries to DIR")
     parser.add_argument("--accept", metavar="FILE", help="write the costs into FILE, such as tests/budget.json")
     parser.add_argument("--jobs", type=_positive(int), default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=40, help="of the table; 0 shows all (default: %(default)s)")
+    parser.add_argument("--rows", type=_at_least_0, default=40, help="of the table; 0 shows all (default: %(default)s)")
 
 
 SUBCOMMANDS = (add_demo, add_check, add_doctor, add_compile)
@@ -228,6 +228,12 @@ def _add(subparsers, name, *, summary, description, examples, zero, one, run):
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _at_least_0(text):
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
 
 
 def _positive(kind):

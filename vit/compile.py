@@ -4,6 +4,7 @@ import importlib.util
 import os
 import time
 from importlib import metadata
+from pathlib import Path
 
 from ..kernels.budget import accept
 from ..kernels.targets import lines
@@ -37,10 +38,18 @@ def compile_kernels(args):
     console = Console(args.json)
     if args.accept is not None:
         check_writable(args.accept, "--accept")
+    if args.dump is not None:
+        try:
+            Path(args.dump).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Problem(f"cannot make the folder --dump {args.dump}: {error.strerror}; give another one") from error
+        check_writable(Path(args.dump, "vitriton"), "--dump")
     cases = table(args.arch, args.dtype, args.head_dim, full=args.full)
     if args.kernel:  # no case is compiled for nothing
         operations = {"attention" if name.startswith("attention") else "layer_norm_linear" for name in args.kernel}
         cases = [case for case in cases if case.operation in operations]
+    if not cases:
+        raise Problem("nothing to compile: --head-dim is for the kernels of attention, and --kernel names others")
     results = []
     for result in survey(cases, jobs=args.jobs, kernels=args.kernel, dump=args.dump):
         results.append(result)
