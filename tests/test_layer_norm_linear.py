@@ -96,7 +96,8 @@ def test_grid(where, dtype, k, n, rows, rank, activation, mean, bias):
     # fp16 holds 1e4 in steps of 8: with a std of 1 there would be nothing to normalise
     std = 16.0 if dtype in (F16, BF16) and MEANS[mean] > 1e3 else 1.0
     options = {"dtype": dtype, "device": where, "mean": MEANS[mean], "std": std, "bias": bias}
-    draws = (64 if rows == 1 else 16) if min(n, k) == 1 else 1  # of so few elements in dγ, dβ or db
+    few = min(n, k, rows) == 1  # rounding errors in dγ, dβ, db or the statistics
+    draws = 16 if few else 1
     inputs = [layer_norm_inputs(SHAPES[rows][rank], n, k, **options) for _ in range(draws)]
     assert_parity_of_draws(layer_norm_linear, inputs, activation=ACTIVATIONS[activation])
     out = layer_norm_linear(*inputs[0].values(), activation=ACTIVATIONS[activation])
