@@ -281,7 +281,7 @@ def count(blocks, chip, num_warps, macs_per_pair=1):
         polls = {h for h in inner if any(ins.base == "SYNCS" for i in loops[h][0] for ins in blocks[i].instructions)}
         bodies = {h: loops[h] for h in inner - polls}
     counted = [_loop(h, blocks, bodies, doms, chip, num_warps, macs_per_pair, use_ffma) for h in bodies]
-    counted.sort(key=lambda loop: (-(loop.macs or 0), -loop.instructions, loop.header))
+    counted.sort(key=lambda loop: (-(loop.macs or 0), loop.instructions if loop.macs else -loop.instructions, loop.header))
 
     straight = set(range(len(blocks))) - {i for body, _ in loops.values() for i in body}
     before = after = set()

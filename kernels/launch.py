@@ -114,14 +114,14 @@ def alignment(*tensors):
     return align
 
 
-def layout(*tensors):
+def layout(*tensors, widths=()):
     """The compile-time arguments of tiles.py for these tensors.
 
-    ALIGN is their `alignment`. OFFSET is the type of offsets within a tile, of at most 256 rows and of any columns:
+    ALIGN is their `alignment`, as far as it divides all `widths`. OFFSET is the type of offsets within a tile, of at most 256 rows and of any columns:
     int32, or int64 if they can pass 2³¹.
     """
     wide = any(t.shape[-1] * t.stride(-1) >= 2**30 or 256 * max(t.stride()[:-1]) >= 2**30 for t in tensors)
-    return {"ALIGN": alignment(*tensors), "OFFSET": triton.language.int64 if wide else triton.language.int32}
+    return {"ALIGN": math.gcd(alignment(*tensors), *widths), "OFFSET": triton.language.int64 if wide else triton.language.int32}
 
 
 def accumulator(dtype):

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .gelu import gelu
 from .launch import (
     accumulator,
     alignment,
@@ -32,19 +33,11 @@ from .launch import (
     tail,
     tl_accumulator,
 )
-from .tiles import load_tile, row_offset, store_tile
+from .tiles import aligned, load_tile, row_offset, store_tile
 
 # |mean| rstd from which a tile is normalised before its product, which until then loses at most this factor times the
 # rounding error of fp32: nothing beside that of half precision.
 CENTRE_FROM = tl.constexpr(32.0)
-
-
-@triton.jit
-def _gelu(z, TANH: tl.constexpr):
-    if TANH:
-        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))  # 2 sqrt(2 / π)
-    else:
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
 @triton.jit
@@ -67,6 +60,7 @@ def _row_statistics_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program makes mean and rstd of BLOCK_M rows, reading them once (Chan et al. 1979: by chunks, each centred)."""
+    K = aligned(K, ALIGN)
     start_m = tl.program_id(0) * BLOCK_M
     x_ptr += row_offset(start_m, stride_xm, ALIGN)
     rows = tl.arange(0, BLOCK_M)
@@ -96,6 +90,7 @@ def _fold_kernel(
     ALIGN: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK_N rows of W' (in W's dtype), c and d."""
+    K = aligned(K, ALIGN)
     start_n = tl.program_id(0) * BLOCK_N
     w_ptr += row_offset(start_n, stride_wn, ALIGN)
     folded_ptr += row_offset(start_n, K, ALIGN)
@@ -138,12 +133,11 @@ def _fwd_step(
 
 @triton.jit
 def _fwd_product(
-    x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
+    acc, x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
+    BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     NORMALISE: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x W'ᵀ, or x̂ W'ᵀ, over all of K: (BLOCK_M, BLOCK_N)."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), mean.dtype)
     for _ in range(0, K // BLOCK_K):
         acc = _fwd_step(
             acc, x_ptr, w_ptr, rows, cols, None, mean, rstd, stride_xm, stride_xk, stride_wn,
@@ -166,7 +160,9 @@ def _layer_norm_linear_fwd_kernel(
     ALWAYS_NORMALISE: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
     ALIGN: tl.constexpr, OFFSET: tl.constexpr, ALIGN_Y: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a (BLOCK_M, BLOCK_N) tile of y and, if SAVE, of z. w is W'."""
+    """A program makes a (BLOCK_M, BLOCK_N) tile of y and, if SAVE, of z. w is W'; c and d have room for whole tiles."""
+    N = aligned(N, ALIGN_Y)
+    K = aligned(K, ALIGN)
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     start_m = tile_m * BLOCK_M
     start_n = tile_n * BLOCK_N
@@ -182,22 +178,23 @@ def _layer_norm_linear_fwd_kernel(
     cols = tl.minimum(out_cols, col_end - 1)
     mean = tl.load(mean_ptr + start_m + rows)
     rstd = tl.load(rstd_ptr + start_m + rows)
-    d = tl.load(d_ptr + start_n + cols)[None, :]
+    d = tl.load(d_ptr + start_n + out_cols)[None, :]
     if ALWAYS_NORMALISE or tl.max(tl.abs(mean) * rstd, 0) > CENTRE_FROM:
         z = d + _fwd_product(
-            x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
-            BLOCK_M, BLOCK_N, BLOCK_K, TAIL_K, True, ALIGN, OFFSET, PRECISION,
+            tl.zeros((BLOCK_M, BLOCK_N), mean.dtype), x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
+            BLOCK_K, TAIL_K, True, ALIGN, OFFSET, PRECISION,
         )  # fmt: skip
     else:
+        c = tl.load(c_ptr + start_n + out_cols)
         z = _fwd_product(
-            x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
-            BLOCK_M, BLOCK_N, BLOCK_K, TAIL_K, False, ALIGN, OFFSET, PRECISION,
+            -mean[:, None] * c[None, :], x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
+            BLOCK_K, TAIL_K, False, ALIGN, OFFSET, PRECISION,
         )  # fmt: skip
-        z = z * rstd[:, None] + (d - (mean * rstd)[:, None] * tl.load(c_ptr + start_n + cols)[None, :])
+        z = tl.fma(z, rstd[:, None], d)
     if SAVE:
         store_tile(z_ptr + out_offset, z, out_rows, row_end, out_cols, col_end, N, 1, True, True, ALIGN_Y, OFFSET)
     if ACTIVATION is not None:
-        z = _gelu(z, ACTIVATION == "gelu_tanh")
+        z = gelu(z, ACTIVATION == "gelu_tanh", y_ptr.dtype.element_ty.primitive_bitwidth == 16)
     store_tile(y_ptr + out_offset, z, out_rows, row_end, out_cols, col_end, N, 1, True, True, ALIGN_Y, OFFSET)
 
 
@@ -211,12 +208,12 @@ def fold(norm_weight, norm_bias, weight, bias):
     norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
     bias = bias if bias is None else bias.contiguous()
     folded = weight.new_empty(n, k)
-    c, d = weight.new_empty(2, n, dtype=accumulator(weight.dtype))
+    c, d = weight.new_empty(2, cdiv(n, 256) * 256, dtype=accumulator(weight.dtype))  # room for whole tiles
     block_k = min(next_power_of_2(k), 1024)
     launch(
         _fold_kernel, (cdiv(n, 4),),
         weight, norm_weight, norm_bias, bias, folded, c, d, *weight.stride(), n, k, HAS_BIAS=bias is not None,
-        BLOCK_N=4, BLOCK_K=block_k, **layout(weight, folded), ACC=tl_accumulator(weight.dtype),
+        BLOCK_N=4, BLOCK_K=block_k, **layout(weight, folded, widths=(k,)), ACC=tl_accumulator(weight.dtype),
         num_warps=4, num_stages=1,
     )  # fmt: skip
     return folded, c, d
@@ -229,7 +226,7 @@ def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, acti
     rows = configs.row_tiles(k)
     launch(
         _row_statistics_kernel, (cdiv(m, rows.BLOCK_M),), x, mean, rstd, *x.stride(), m, k, eps,
-        BLOCK_M=rows.BLOCK_M, BLOCK_K=rows.BLOCK_N, **layout(x), ACC=tl_accumulator(x.dtype),
+        BLOCK_M=rows.BLOCK_M, BLOCK_K=rows.BLOCK_N, **layout(x, widths=(k,)), ACC=tl_accumulator(x.dtype),
         num_warps=rows.num_warps, num_stages=rows.num_stages,
     )  # fmt: skip
     folded, c, d = fold(norm_weight, norm_bias, weight, bias)
@@ -241,7 +238,7 @@ def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, acti
         x, folded, c, d, mean, rstd, y, z, *x.stride(), k, m, n, k,
         BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, BLOCK_K=tiles.BLOCK_K, TAIL_K=tail(k, tiles.BLOCK_K), GROUP=8,
         ALWAYS_NORMALISE=x.element_size() > 2, ACTIVATION=activation, SAVE=save_preactivation,
-        **layout(x, folded), ALIGN_Y=alignment(y), PRECISION=dot_precision(weight.dtype),
+        **layout(x, folded, widths=(k,)), ALIGN_Y=alignment(y), PRECISION=dot_precision(weight.dtype),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return y, z, mean, rstd

@@ -4,18 +4,10 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .gelu import gelu_derivative
 from .launch import cdiv, chip_of, dot_precision, launch, layout, tail, tl_accumulator
 from .prenorm import fold, tile_of_program
-from .tiles import load_tile, row_offset, store_tile
-
-
-@triton.jit
-def _gelu_derivative(z, TANH: tl.constexpr):
-    if TANH:
-        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-    else:
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+from .tiles import aligned, load_tile, row_offset, store_tile
 
 
 @triton.jit
@@ -25,6 +17,7 @@ def _bwd_rows_kernel(
     ALIGN: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program makes s1 and s2 of BLOCK_M rows, their part of db and, with an activation, dz."""
+    N = aligned(N, ALIGN)
     start_m = tl.program_id(0) * BLOCK_M
     grad_ptr += row_offset(start_m, stride_gm, ALIGN)
     z_ptr += row_offset(start_m, stride_zm, ALIGN)
@@ -41,7 +34,8 @@ def _bwd_rows_kernel(
         z = load_tile(z_ptr, rows, row_end, cols, N, stride_zm, stride_zn, True, True, ALIGN, OFFSET).to(ACC)
         if ACTIVATION is not None:
             # rounded before it is summed, so that all of the backward pass sees one dz
-            dz = (dz * _gelu_derivative(z, ACTIVATION == "gelu_tanh")).to(dz_ptr.dtype.element_ty)
+            half: tl.constexpr = dz_ptr.dtype.element_ty.primitive_bitwidth == 16
+            dz = (dz * gelu_derivative(z, ACTIVATION == "gelu_tanh", half)).to(dz_ptr.dtype.element_ty)
             store_tile(dz_ptr, dz, rows, row_end, cols, N, N, 1, True, True, ALIGN, OFFSET)
             dz = dz.to(ACC)
         c = tl.load(c_ptr + cols, mask=cols < N, other=0.0)
@@ -73,6 +67,8 @@ def _layer_norm_linear_dx_kernel(
     ALIGN: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program makes a (BLOCK_M, BLOCK_K) tile of dx. w is W'."""
+    N = aligned(N, ALIGN)
+    K = aligned(K, ALIGN)
     tile_m, tile_k = tile_of_program(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, GROUP)
     start_m = tile_m * BLOCK_M
     dz_ptr += row_offset(start_m, stride_gm, ALIGN)
@@ -86,22 +82,9 @@ def _layer_norm_linear_dx_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), mean.dtype)
     for _ in range(0, N // BLOCK_N):
         acc = _dx_step(
-            acc,
-            dz_ptr,
-            w_ptr,
-            rows,
-            cols,
-            None,
-            K,
-            stride_gm,
-            stride_gn,
-            stride_wn,
-            BLOCK_N,
-            False,
-            ALIGN,
-            OFFSET,
-            PRECISION,
-        )
+            acc, dz_ptr, w_ptr, rows, cols, None, K, stride_gm, stride_gn, stride_wn,
+            BLOCK_N, False, ALIGN, OFFSET, PRECISION,
+        )  # fmt: skip
         dz_ptr += tl.cast(BLOCK_N, OFFSET) * stride_gn
         w_ptr += tl.cast(BLOCK_N, OFFSET) * stride_wn
     if TAIL_N > 0:
@@ -165,6 +148,8 @@ def _layer_norm_linear_dw_kernel(
     SPLIT: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program makes a (BLOCK_N, BLOCK_K) tile of dW or, if SPLIT, that of G from rows_per_split of the rows."""
+    N = aligned(N, ALIGN)
+    K = aligned(K, ALIGN)
     blocks_k = tl.cdiv(K, BLOCK_K)
     tile_n = tl.program_id(0) // blocks_k
     cols_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -208,6 +193,7 @@ def _sum_splits_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """A program adds up a (BLOCK_N, BLOCK_K) tile of G over the splits, and finishes it."""
+    K = aligned(K, ALIGN)
     blocks_k = tl.cdiv(K, BLOCK_K)
     tile_n = tl.program_id(0) // blocks_k
     g_ptr += row_offset(tile_n * BLOCK_N, K, ALIGN)
@@ -241,7 +227,7 @@ def layer_norm_linear_backward(
     db = x.new_empty(blocks, n, dtype=acc)
     launch(
         _bwd_rows_kernel, (blocks,), grad, z, c, d, dz, s1, s2, db, *grad.stride(), *z.stride(), m, n,
-        BLOCK_M=rows.BLOCK_M, BLOCK_N=rows.BLOCK_N, ACTIVATION=activation, **layout(grad, z, dz),
+        BLOCK_M=rows.BLOCK_M, BLOCK_N=rows.BLOCK_N, ACTIVATION=activation, **layout(grad, z, dz, widths=(n,)),
         ACC=tl_accumulator(x.dtype), num_warps=rows.num_warps, num_stages=rows.num_stages,
     )  # fmt: skip
     db = db.sum(0)
@@ -253,7 +239,7 @@ def layer_norm_linear_backward(
             _layer_norm_linear_dx_kernel, (cdiv(m, tiles.BLOCK_M) * cdiv(k, tiles.BLOCK_N),),
             dz, folded, x, mean, rstd, s1, s2, dx, *dz.stride(), k, *x.stride(), m, n, k,
             BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_K, BLOCK_K=tiles.BLOCK_N, TAIL_N=tail(n, tiles.BLOCK_K), GROUP=8,
-            **layout(dz, folded, x, dx), PRECISION=precision,
+            **layout(dz, folded, x, dx, widths=(n, k)), PRECISION=precision,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     if not need_dw:
@@ -269,13 +255,13 @@ def layer_norm_linear_backward(
         _layer_norm_linear_dw_kernel, (blocks_n * blocks_k, splits), dz, x, mean, rstd, g, *finish,
         *dz.stride(), *x.stride(), *weight.stride(), m, n, k, rows_per_split,
         BLOCK_M=tiles.BLOCK_K, BLOCK_N=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_N, TAIL_M=tail(m, tiles.BLOCK_K),
-        SPLIT=splits > 1, **layout(dz, x, dw, weight), PRECISION=precision,
+        SPLIT=splits > 1, **layout(dz, x, dw, weight, widths=(n, k)), PRECISION=precision,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if splits > 1:
         launch(
             _sum_splits_kernel, (blocks_n * blocks_k,), g, *finish, *weight.stride(), n, k, splits,
-            BLOCK_N=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_N, **layout(dw, weight),
+            BLOCK_N=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_N, **layout(dw, weight, widths=(k,)),
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     dgamma, dbeta = dgamma.sum(0).to(norm_weight.dtype), dbeta.sum(0).to(norm_bias.dtype)

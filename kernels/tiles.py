@@ -12,6 +12,12 @@ def _offsets(rows, cols, stride_row, stride_col, ALIGN: tl.constexpr, OFFSET: tl
 
 
 @triton.jit
+def aligned(n, ALIGN: tl.constexpr):
+    """n, of which the caller knows that ALIGN divides it, said so that masks of `n` columns keep loads wide."""
+    return n // ALIGN * ALIGN
+
+
+@triton.jit
 def row_offset(row, stride_row, ALIGN: tl.constexpr):
     """Where row `row` begins, in elements: int64."""
     return tl.multiple_of(tl.cast(row, tl.int64) * stride_row, ALIGN)
