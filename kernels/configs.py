@@ -63,6 +63,9 @@ TABLE = (
     Row("prenorm", _HOPPER, "half", 0, Tiles(128, 128, 8, 3, 64), "a step of 64 halves the waits and the bookkeeping"),
     Row("prenorm", "any", "half", 0, Tiles(128, 128, 8, 3, 32), "three stages of 64 leave room for one program only"),
     Row("prenorm", "any", "any", 0, Tiles(64, 64, 8, 2, 16), "operands of FMA products take many registers"),
+    Row("prenorm_unaligned", "interpreter", "any", 0, Tiles(128, 64, 4, 1, 128), "as prenorm"),
+    Row("prenorm_unaligned", "any", "half", 0, Tiles(128, 64, 8, 2, 32), "loads of one element each: more spills"),
+    Row("prenorm_unaligned", "any", "any", 0, Tiles(64, 64, 8, 2, 16), "as prenorm"),
 )  # fmt: skip
 
 
@@ -77,6 +80,11 @@ def tiles(kernel, chip, dtype, head_dim=0):
         ):
             return row.tiles
     raise LookupError(f"no tiles for {kernel} on {chip} with {dtype} and head dim {head_dim}")
+
+
+def product_tiles(chip, dtype, align):
+    """For LayerNorm + Linear's matrix products, of tensors whose `launch.layout` is aligned to `align` elements."""
+    return tiles("prenorm" if align > 1 else "prenorm_unaligned", chip, dtype)
 
 
 def row_tiles(width):

@@ -134,10 +134,10 @@ def _fwd_step(
 @triton.jit
 def _fwd_product(
     acc, x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
-    BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
-    NORMALISE: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, NORMALISE: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x W'ᵀ, or x̂ W'ᵀ, over all of K: (BLOCK_M, BLOCK_N)."""
+    """acc + x W'ᵀ, or acc + x̂ W'ᵀ, over all of K: (BLOCK_M, BLOCK_N)."""
     for _ in range(0, K // BLOCK_K):
         acc = _fwd_step(
             acc, x_ptr, w_ptr, rows, cols, None, mean, rstd, stride_xm, stride_xk, stride_wn,
@@ -180,17 +180,20 @@ def _layer_norm_linear_fwd_kernel(
     rstd = tl.load(rstd_ptr + start_m + rows)
     d = tl.load(d_ptr + start_n + out_cols)[None, :]
     if ALWAYS_NORMALISE or tl.max(tl.abs(mean) * rstd, 0) > CENTRE_FROM:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), mean.dtype)
         z = d + _fwd_product(
-            tl.zeros((BLOCK_M, BLOCK_N), mean.dtype), x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
+            acc, x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
             BLOCK_K, TAIL_K, True, ALIGN, OFFSET, PRECISION,
         )  # fmt: skip
     else:
-        c = tl.load(c_ptr + start_n + out_cols)
-        z = _fwd_product(
-            -mean[:, None] * c[None, :], x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
+        # the sum starts at -mean c, made while the first tiles of x and W' are on their way
+        acc = -mean[:, None] * tl.load(c_ptr + start_n + out_cols)[None, :]
+        acc = _fwd_product(
+            acc, x_ptr, w_ptr, rows, cols, mean, rstd, K, stride_xm, stride_xk, stride_wn,
             BLOCK_K, TAIL_K, False, ALIGN, OFFSET, PRECISION,
         )  # fmt: skip
-        z = tl.fma(z, rstd[:, None], d)
+        # not z * rstd + d: the compiler would share that addition with the other way, and then wait after every wgmma
+        z = tl.fma(acc, rstd[:, None], d)
     if SAVE:
         store_tile(z_ptr + out_offset, z, out_rows, row_end, out_cols, col_end, N, 1, True, True, ALIGN_Y, OFFSET)
     if ACTIVATION is not None:
@@ -232,13 +235,14 @@ def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, acti
     folded, c, d = fold(norm_weight, norm_bias, weight, bias)
     y = weight.new_empty(m, n)
     z = weight.new_empty(m, n) if save_preactivation else None
-    tiles = configs.tiles("prenorm", chip_of(x.device), weight.dtype)
+    memory = layout(x, folded, widths=(k,))
+    tiles = configs.product_tiles(chip_of(x.device), weight.dtype, memory["ALIGN"])
     launch(
         _layer_norm_linear_fwd_kernel, (cdiv(m, tiles.BLOCK_M) * cdiv(n, tiles.BLOCK_N),),
         x, folded, c, d, mean, rstd, y, z, *x.stride(), k, m, n, k,
         BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, BLOCK_K=tiles.BLOCK_K, TAIL_K=tail(k, tiles.BLOCK_K), GROUP=8,
         ALWAYS_NORMALISE=x.element_size() > 2, ACTIVATION=activation, SAVE=save_preactivation,
-        **layout(x, folded, widths=(k,)), ALIGN_Y=alignment(y), PRECISION=dot_precision(weight.dtype),
+        **memory, ALIGN_Y=alignment(y), PRECISION=dot_precision(weight.dtype),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return y, z, mean, rstd

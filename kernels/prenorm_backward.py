@@ -129,12 +129,13 @@ def _dw_finish(
     row_end = N - start_n
     w_ptr += row_offset(start_n, stride_wn, ALIGN)
     dw_ptr += row_offset(start_n, K, ALIGN)
-    w = load_tile(w_ptr, rows, row_end, cols, K, stride_wn, stride_wk, True, True, ALIGN, OFFSET).to(g.dtype)
     db = tl.load(db_ptr + start_n + rows, mask=rows < row_end, other=0.0)
     gamma = tl.load(gamma_ptr + cols, mask=cols < K, other=0.0).to(g.dtype)
     beta = tl.load(beta_ptr + cols, mask=cols < K, other=0.0).to(g.dtype)
     dw = g * gamma[None, :] + db[:, None] * beta[None, :]
     store_tile(dw_ptr, dw, rows, row_end, cols, K, K, 1, True, True, ALIGN, OFFSET)
+    tl.debug_barrier()  # so that w is not read before dw is written, for which there are no registers
+    w = load_tile(w_ptr, rows, row_end, cols, K, stride_wn, stride_wk, True, True, ALIGN, OFFSET).to(g.dtype)
     parts = row_offset(tile_n, K, 1) + cols
     tl.store(dgamma_ptr + parts, tl.sum(w * g, 0), mask=cols < K)
     tl.store(dbeta_ptr + parts, tl.sum(w * db[:, None], 0), mask=cols < K)
@@ -202,7 +203,7 @@ def _sum_splits_kernel(
     g = tl.zeros((BLOCK_N, BLOCK_K), g_ptr.dtype.element_ty)
     for _ in range(0, splits):
         g += load_tile(g_ptr, rows, N - tile_n * BLOCK_N, cols, K, K, 1, True, True, ALIGN, OFFSET)
-        g_ptr += row_offset(N, K, 1)
+        g_ptr += row_offset(N, K, ALIGN)
     _dw_finish(
         g, w_ptr, gamma_ptr, beta_ptr, db_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, tile_n, cols, N, K,
         stride_wn, stride_wk, BLOCK_N, ALIGN, OFFSET,
@@ -231,23 +232,26 @@ def layer_norm_linear_backward(
         ACC=tl_accumulator(x.dtype), num_warps=rows.num_warps, num_stages=rows.num_stages,
     )  # fmt: skip
     db = db.sum(0)
-    tiles = configs.tiles("prenorm", chip, weight.dtype)
     dx = None
     if need_dx:
         dx = x.new_empty(m, k)
+        memory = layout(dz, folded, x, dx, widths=(n, k))
+        tiles = configs.product_tiles(chip, weight.dtype, memory["ALIGN"])
         launch(
             _layer_norm_linear_dx_kernel, (cdiv(m, tiles.BLOCK_M) * cdiv(k, tiles.BLOCK_N),),
             dz, folded, x, mean, rstd, s1, s2, dx, *dz.stride(), k, *x.stride(), m, n, k,
             BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_K, BLOCK_K=tiles.BLOCK_N, TAIL_N=tail(n, tiles.BLOCK_K), GROUP=8,
-            **layout(dz, folded, x, dx, widths=(n, k)), PRECISION=precision,
+            **memory, PRECISION=precision,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     if not need_dw:
         return dx, None
+    dw = weight.new_empty(n, k)
+    memory = layout(dz, x, dw, weight, widths=(n, k))
+    tiles = configs.product_tiles(chip, weight.dtype, memory["ALIGN"])
     blocks_n, blocks_k = cdiv(n, tiles.BLOCK_M), cdiv(k, tiles.BLOCK_N)
     rows_per_split = configs.split_rows(chip, m, blocks_n * blocks_k, tiles.BLOCK_K)
     splits = cdiv(m, rows_per_split)
-    dw = weight.new_empty(n, k)
     dgamma, dbeta = x.new_empty(2, blocks_n, k, dtype=acc)
     g = x.new_empty(splits, n, k, dtype=acc) if splits > 1 else None
     finish = (weight, norm_weight.contiguous(), norm_bias.contiguous(), db, dw, dgamma, dbeta)
@@ -255,14 +259,13 @@ def layer_norm_linear_backward(
         _layer_norm_linear_dw_kernel, (blocks_n * blocks_k, splits), dz, x, mean, rstd, g, *finish,
         *dz.stride(), *x.stride(), *weight.stride(), m, n, k, rows_per_split,
         BLOCK_M=tiles.BLOCK_K, BLOCK_N=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_N, TAIL_M=tail(m, tiles.BLOCK_K),
-        SPLIT=splits > 1, **layout(dz, x, dw, weight, widths=(n, k)), PRECISION=precision,
+        SPLIT=splits > 1, **memory, PRECISION=precision,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if splits > 1:
         launch(
-            _sum_splits_kernel, (blocks_n * blocks_k,), g, *finish, *weight.stride(), n, k, splits,
-            BLOCK_N=tiles.BLOCK_M, BLOCK_K=tiles.BLOCK_N, **layout(dw, weight, widths=(k,)),
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            _sum_splits_kernel, (blocks_n * cdiv(k, 32),), g, *finish, *weight.stride(), n, k, splits,
+            BLOCK_N=tiles.BLOCK_M, BLOCK_K=32, **memory, num_warps=4, num_stages=1,
         )  # fmt: skip
     dgamma, dbeta = dgamma.sum(0).to(norm_weight.dtype), dbeta.sum(0).to(norm_bias.dtype)
     return dx, (dgamma, dbeta, dw, None if bias is None else db.to(bias.dtype))
