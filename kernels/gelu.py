@@ -7,17 +7,19 @@ distribution function and φ its density:
     gelu(z)  = max(z, 0) - a Φ(-a)               Φ(-a)          = exp2(p(a))
     gelu'(z) = r, or 1 - r where z > 0           r = Φ(-a) - a φ(a) = (a₀ - a) exp2(q(a)),  r(a₀) = 0
 
-p and q are polynomials, of least maximal error against log2 of what they stand for (linear programming over 4000
-points). Logarithms keep the error relative, where 1 + erf in fp32 has nothing left of it (z below -5) and at the zero
-of gelu'. How far the result is from the true one before it is rounded, in units of half a step (ulp) of the dtype:
+p and q are polynomials of least maximal error against log2 of what they stand for (linear programming over several
+hundred points; every value of fp16 for p). Logarithms keep the error relative where 1 + erf in fp32 has nothing left
+(z below -5), and a₀ keeps it at the zero of gelu'. The largest distance from the true value before the result is
+rounded, in halves of the step (ulp) of the dtype that it will be rounded to:
 
-    gelu     fp16 0.18, bf16 0.03, down to -5.4; below that, where fp16 has only its smallest steps left, 0.18 times
-             2⁻²⁵ in bf16 too: what is left of gelu there is less than 2⁻²³
-    gelu'    0.2 in both, down to 2⁻²⁵ in fp16 and to 2⁻¹²⁶ in bf16
+    gelu     fp16 0.28, bf16 0.035. In bf16 below z = -4.6 it is 0.28 of half of fp16's smallest step, or 8e-9, where
+             erf in fp32 gives 1e-7; the result goes to 0
+    gelu'    fp16 0.29, bf16 0.13, down to 2⁻²⁵ and 2⁻¹²⁶; below that absolute
+    tanh     the formula but for the rounding of fp32: gelu 0.003, gelu' 0.011, at its zero in fp16 0.43
 
-The tanh form is exact but for the rounding of fp32: z / (1 + e) with e = exp2(z (k₀ + k₁ z²)), of which a reciprocal square
-root, squared, takes fewer instructions than a division. Infinities give what the limit is (gelu: inf and 0, gelu': 1
-and 0; tanh, as PyTorch, NaN for -inf), NaN gives NaN.
+The tanh form is z / (1 + e) with e = exp2(-z (k₀ + k₁ z²)); a reciprocal square root, squared, takes fewer instructions
+than a division. Infinities give their limits in the erf form (gelu ∞ and 0, gelu' 1 and 0), and what PyTorch gives in
+the tanh form (gelu ∞ and NaN, gelu' NaN); NaN gives NaN.
 """
 
 import triton

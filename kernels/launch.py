@@ -117,11 +117,12 @@ def alignment(*tensors):
 def layout(*tensors, widths=()):
     """The compile-time arguments of tiles.py for these tensors.
 
-    ALIGN is their `alignment`, as far as it divides all `widths`. OFFSET is the type of offsets within a tile, of at most 256 rows and of any columns:
-    int32, or int64 if they can pass 2³¹.
+    ALIGN is their `alignment`, as far as it divides all `widths`. OFFSET is the type of offsets within a tile, of at
+    most 256 rows and of any columns: int32, or int64 if they can pass 2³¹.
     """
     wide = any(t.shape[-1] * t.stride(-1) >= 2**30 or 256 * max(t.stride()[:-1]) >= 2**30 for t in tensors)
-    return {"ALIGN": math.gcd(alignment(*tensors), *widths), "OFFSET": triton.language.int64 if wide else triton.language.int32}
+    align = math.gcd(alignment(*tensors), *widths)
+    return {"ALIGN": align, "OFFSET": triton.language.int64 if wide else triton.language.int32}
 
 
 def accumulator(dtype):

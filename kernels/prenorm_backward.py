@@ -227,9 +227,10 @@ def layer_norm_linear_backward(
     blocks = cdiv(m, rows.BLOCK_M)
     db = x.new_empty(blocks, n, dtype=acc)
     launch(
+        # twice the warps: the derivative of an activation takes registers
         _bwd_rows_kernel, (blocks,), grad, z, c, d, dz, s1, s2, db, *grad.stride(), *z.stride(), m, n,
         BLOCK_M=rows.BLOCK_M, BLOCK_N=rows.BLOCK_N, ACTIVATION=activation, **layout(grad, z, dz, widths=(n,)),
-        ACC=tl_accumulator(x.dtype), num_warps=rows.num_warps, num_stages=rows.num_stages,
+        ACC=tl_accumulator(x.dtype), num_warps=2 * rows.num_warps, num_stages=rows.num_stages,
     )  # fmt: skip
     db = db.sum(0)
     dx = None
