@@ -1,16 +1,9 @@
-"""What layer_norm_linear costs: bytes that its kernels move, counted in the interpreter, and instructions, compiled."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""What layer_norm_linear moves: each kernel's bytes, counted in the interpreter. test_aot.py has its machine code."""
 
 import guards
 import pytest
 from parity import F16, assert_parity, layer_norm_inputs, randn, run
 from vitriton.kernels import configs, layer_norm_linear, use_backend
-from vitriton.kernels.aot import Record
 
 pytest.importorskip("triton", reason="the compiler and the interpreter are Triton's")
 pytest_plugins = ["parity"]
@@ -86,43 +79,3 @@ def test_widths_beside_the_alignment(device, n, k):
         inputs[name] = apart(inputs[name]).requires_grad_()
     with use_backend("triton"):
         assert_parity(layer_norm_linear, inputs, apart(randn(9, n, dtype=F16, device=device)))
-
-
-# ---- instructions
-
-ARCHS = ("sm_80", "sm_90", "sm_100")
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """{chip: {"plain": Record, name of a shape: Record}}"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "plain_gemm.py"), *ARCHS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {
-        arch: {name: Record.from_dict(plain) for name, plain in records.items()}
-        for arch, records in zip(ARCHS, lines, strict=True)
-    }
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_main_loop_is_that_of_a_plain_product(compiled, arch):
-    """The usual loop, on x as it is; that for rows of a large mean normalises on the way, and is the dearer."""
-    plain = compiled[arch]["plain"]
-    for name in ("qkv", "gelu", "gelu_tanh"):
-        usual, rare = compiled[arch][name].loops
-        assert usual.macs == rare.macs == plain.hot.macs and usual.tensor == plain.hot.tensor
-        assert usual.instructions <= 1.05 * plain.hot.instructions
-        assert rare.instructions > 1.5 * usual.instructions
-
-
-@pytest.mark.parametrize("shape, most", [("qkv", 200), ("gelu", 420), ("gelu_tanh", 420)])
-def test_epilogue(compiled, shape, most):
-    """Issue slots per 1024 outputs of a warp on sm_90, from the loop to the end; with GELU, z is stored too."""
-    record = compiled["sm_90"][shape]
-    outputs = record.config["BLOCK_M"] * record.config["BLOCK_N"] / record.config["num_warps"]
-    assert record.config["SAVE"] == (shape != "qkv")
-    assert record.epilogue * 1024 / outputs <= most
-    assert record.spill_bytes == record.stack_bytes == 0
