@@ -194,10 +194,10 @@ def test_the_epilogue_is_short(survey):
     """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, on sm_90."""
     found = {}
     for record in survey.records:
-        if record.kernel == "layer_norm_linear_fwd" and record.arch == "sm_90" and record.aligned:
-            if record.dtype != "fp32" and record.variants[0] in EPILOGUE:
-                outputs = record.config["BLOCK_M"] * record.config["BLOCK_N"] / record.config["num_warps"]
-                found[record.variants[0]] = record.epilogue * 1024 / outputs
+        shape = record.variants[0]
+        if (record.kernel, record.arch) == ("layer_norm_linear_fwd", "sm_90") and shape in EPILOGUE:
+            outputs = record.config["BLOCK_M"] * record.config["BLOCK_N"] / record.config["num_warps"]
+            found[shape] = max(found.get(shape, 0), record.epilogue * 1024 / outputs)
     assert found.keys() == EPILOGUE.keys()
     assert {shape: slots for shape, slots in found.items() if slots > EPILOGUE[shape]} == {}
 
