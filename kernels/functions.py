@@ -8,6 +8,7 @@ import math
 import torch
 
 from . import ops
+from .backend import chosen_backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
@@ -96,7 +97,7 @@ def attention(q, k, v, *, scale=None):
         q, k, v = _autocast(dtype, q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, t, "q", q)
-    return ops.call_attention(q, k, v, scale, ops.chosen_backend(), needs_grad=_needs_grad(q, k, v))
+    return ops.call_attention(q, k, v, scale, chosen_backend(), needs_grad=_needs_grad(q, k, v))
 
 
 def qkv_attention(qkv, heads, *, scale=None):
@@ -121,7 +122,7 @@ def qkv_attention(qkv, heads, *, scale=None):
     if dtype is not None:
         (qkv,) = _autocast(dtype, qkv)
     _check_tensor("qkv", qkv, "qkv", qkv)
-    return ops.call_qkv_attention(qkv, heads, scale, ops.chosen_backend(), needs_grad=_needs_grad(qkv))
+    return ops.call_qkv_attention(qkv, heads, scale, chosen_backend(), needs_grad=_needs_grad(qkv))
 
 
 def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
@@ -169,5 +170,5 @@ def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5,
     needs_grad = _needs_grad(x, norm_weight, norm_bias, weight, bias)
     save = activation is not None and needs_grad
     return ops.call_layer_norm_linear(
-        x, norm_weight, norm_bias, weight, bias, eps, activation, save, ops.chosen_backend(), needs_grad=needs_grad
+        x, norm_weight, norm_bias, weight, bias, eps, activation, save, chosen_backend(), needs_grad=needs_grad
     )

@@ -147,21 +147,19 @@ def layer_norm_linear_backward(
     """grad, z (...,N), x (...,K) -> dx (...,K) or None, (dnorm_weight, dnorm_bias, dweight, dbias) or None."""
     if activation is not None:
         grad = torch.ops.aten.gelu_backward.default(grad, z, approximate=_GELU[activation])
-    half, acc, k = x.dtype.itemsize == 2, mean.dtype, x.shape[-1]
+    acc, k = mean.dtype, x.shape[-1]
     gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
     dy = grad @ weight
     if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
         dy = dy.to(acc)
-    if half and k > 1:  # whose mean is not so large beside a spread that fp32 sums cancel
-        rows = x.to(acc)
-    else:  # they would: the operator gets rows whose mean is 0
-        rows, mean = x - mean.view(*x.shape[:-1], 1), torch.zeros_like(mean)
-        if acc == torch.float64:
-            rows -= rows.mean(dim=-1, keepdim=True)
+    # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
+    rows, mean = x - mean.view(*x.shape[:-1], 1), torch.zeros_like(mean)
+    if acc == torch.float64:
+        rows -= rows.mean(dim=-1, keepdim=True)
     dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
         dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, need_dw, need_dw]
     )
-    if half and need_dx:
+    if need_dx and dx.dtype != x.dtype:
         dx = dx.to(x.dtype)
     if not need_dw:
         return dx, None

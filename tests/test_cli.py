@@ -175,7 +175,8 @@ def test_demo_quick(tmp_path):
         "accuracy was not judged",
     ):
         assert part in run.stdout
-    assert "WRONG" not in run.stdout and "NOT" not in run.stdout
+    # what it says of times on a busy machine is no verdict
+    assert "WRONG" not in run.stdout and "NOT" not in run.stdout.replace("DO NOT TRUST the times", "")
 
     found = json.loads(record.read_text())
     assert found["command"] == "demo" and found["ok"] and found["failures"] == []

@@ -15,8 +15,8 @@ import traceback
 import torch
 
 from ..kernels import use_backend
+from ..kernels.backend import why_not_triton
 from ..kernels.launch import INTERPRET, triton
-from ..kernels.ops import why_not_triton
 from ..kernels.reference import compare
 from .cases import cases
 from .console import Console, Problem

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import explain, use_backend
+from ..kernels.backend import chosen_backend
 from ..kernels.launch import INTERPRET
-from ..kernels.ops import chosen_backend
 from ..kernels.reference import compare
 from .console import Console, Problem, check_writable, require, version
 from .costs import cost_table

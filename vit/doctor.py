@@ -19,8 +19,8 @@ import torch
 
 from .. import kernels
 from ..kernels import explain
+from ..kernels.backend import chosen_backend
 from ..kernels.launch import triton
-from ..kernels.ops import chosen_backend
 from .console import Console, version
 from .measure import cpu_name, describe
 
