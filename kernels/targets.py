@@ -78,8 +78,9 @@ class _Figures:
         }
 
     def forward(self, arch, pipe="issue", head_dim=64):
+        """Of the leanest loop, that of whole tiles."""
         record = self.records.get(("attention_fwd", arch, head_dim, "257"))
-        return record.hot.per_1024[pipe] if record else math.nan
+        return min(loop.per_1024[pipe] for loop in record.loops if loop.macs) if record else math.nan
 
     def executed(self, arch, n, head_dim=64):
         """Instructions of a head, in warp instructions."""

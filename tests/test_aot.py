@@ -43,7 +43,8 @@ import json, sys
 from vitriton.kernels.survey import survey, table
 cases = [case for arguments in json.loads(sys.argv[1]) for case in table(**arguments)]
 for result in survey(cases, jobs=2):
-    print(json.dumps(result.record.to_dict() if result.record else [str(result.case), result.kernel, result.error]))
+    failure = [f"{result.kernel} {result.case.arch}", f"{result.case}: {result.error}"]
+    print(json.dumps(result.record.to_dict() if result.record else failure))
 """
 
 Survey = namedtuple("Survey", "records failures")
@@ -68,7 +69,8 @@ def survey(request):
 
 
 def test_every_kernel_compiles(survey):
-    assert survey.failures == []
+    known = EXCEPTIONS["does not compile"].get(TRITON, {"kernels": []})["kernels"]
+    assert [failure for failure in survey.failures if failure[0] not in known] == []
     assert {record.kernel for record in survey.records} >= set(PRODUCTS)
     assert len({record.name for record in survey.records}) == len(survey.records)
 
@@ -156,11 +158,11 @@ ACCESS = re.compile(r"LDG|STG|LDGSTS|LD|ST|UTMALDG|(global|buffer|flat)_(load|st
 
 def surplus_of_64_bit_arithmetic(record):
     """64-bit integer instructions in the hot loop, beside those that make its addresses, one each (two where nothing
-    is aligned and ptxas adds a second time), and eight that move four pointers on."""
+    is aligned and ptxas adds a second time), and sixteen that move pointers on."""
     if not record.hot:
         return 0
     addresses = sum(n for name, n in record.hot.opcodes.items() if ACCESS.fullmatch(name))
-    return record.hot.address64 - addresses * (1 if record.aligned else 2) - 8
+    return record.hot.address64 - addresses * (1 if record.aligned else 2) - 16
 
 
 def test_64_bit_arithmetic_is_for_addresses_only(survey):
@@ -266,10 +268,10 @@ def test_dearer_means_over_two_percent():
 @pytest.mark.parametrize(
     "opcodes, address64, aligned, surplus",
     [
-        ({"LDGSTS": 8, "STG": 2, "FFMA": 99}, 18, True, 0),
-        ({"LDGSTS": 8, "STG": 2, "FFMA": 99}, 30, True, 12),
-        ({"LDG": 64}, 136, False, 0),
-        ({"buffer_load_dwordx4": 4, "global_store_short": 4}, 17, True, 1),
+        ({"LDGSTS": 8, "STG": 2, "FFMA": 99}, 26, True, 0),
+        ({"LDGSTS": 8, "STG": 2, "FFMA": 99}, 30, True, 4),
+        ({"LDG": 64}, 144, False, 0),
+        ({"buffer_load_dwordx4": 4, "global_store_short": 4}, 25, True, 1),
     ],
 )
 def test_surplus_of_64_bit_arithmetic(opcodes, address64, aligned, surplus):
@@ -283,7 +285,7 @@ def test_targets_stand_beside_figures():
     """Lines for what is there; none for a kernel that is missing, that has no figure, or that is half of a pass."""
 
     def record(kernel, arch, variants, slots=0.0, **figures):
-        rest = dict.fromkeys(Loop.__dataclass_fields__) | {"per_1024": {"issue": slots, "tensor": 2 * slots}}
+        rest = dict.fromkeys(Loop.__dataclass_fields__) | {"macs": 1, "per_1024": {"issue": slots, "tensor": 2 * slots}}
         labels = {"kernel": kernel, "arch": arch, "dtype": "bf16", "head_dim": 64, "aligned": True}
         plain = dict.fromkeys(Record.__dataclass_fields__) | labels
         return Record(**plain | {"variants": variants, "loops": [Loop(**rest)], "executed": {}} | figures)

@@ -4,6 +4,7 @@ Rows of more than one chunk, an incomplete group of tiles, logits far apart and 
 on memory that is only an address range), and the tiles of every chip, which the other tests do not run.
 """
 
+import inspect
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from parity import (
     randn,
     run,
 )
-from vitriton.kernels import attention, configs, launch, layer_norm_linear, qkv_attention, reference, use_backend
+from vitriton.kernels import attention, configs, layer_norm_linear, qkv_attention, reference, use_backend
 
 pytest_plugins = ["parity"]
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy's, of what is not stored
@@ -127,7 +128,17 @@ def as_on(monkeypatch, device):
         pytest.skip("on a GPU the other tests run this GPU's tiles")
 
     def choose(chip):
-        monkeypatch.setattr(launch, "_chip_of", lambda device: chip)
+        for name, function in list(vars(configs).items()):
+            if inspect.isfunction(function) and "chip" in inspect.signature(function).parameters:
+                monkeypatch.setattr(configs, name, told(function, chip))
+
+    def told(function, chip):
+        def wrapper(*args, **options):
+            bound = inspect.signature(function).bind(*args, **options)
+            bound.arguments["chip"] = chip
+            return function(*bound.args, **bound.kwargs)
+
+        return wrapper
 
     return choose
 
