@@ -22,6 +22,7 @@ from parity import (
     run,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -241,6 +242,26 @@ def test_functorch_is_refused(where, case):
     first, *rest = make(device=where).values()
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: function(x, *rest, **keywords).sum())(first)
+
+
+@cases
+@backends
+def test_watched_or_not(where, case):
+    """A call that a mode watches goes through the operators, any other past them, and both give the same to the bit."""
+    function, make, keywords = CASES[case]
+    inputs = make(device=where)
+    grad = torch.randn_like(function(*inputs.values(), **keywords))
+    alone = run(function, inputs, grad, **keywords)
+    with OperatorLog() as log:
+        watched = run(function, inputs, grad, **keywords)
+    name = f"vitriton::{function.__name__}"
+    assert log.names == [name, f"{name}_backward"]
+    assert_same_bits(alone, watched)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run(function, inputs, grad, **keywords)
+        with torch.no_grad():
+            function(*inputs.values(), **keywords)
+    assert not [event.name for event in profiled.events() if event.name.startswith("vitriton::")]
 
 
 # ---- compilation and export
