@@ -214,7 +214,7 @@ LAYER_NORM_LINEAR = (
         "eps forgotten", "prenorm.py", within="def _row_statistics_kernel(",
         text="tl.rsqrt(squares / K + eps)", instead="tl.rsqrt(squares / K)",
         why="constant rows become inf and NaN",
-        killed_by="test_numerics.py::test_constant_rows_and_zero_rows", quick=True,
+        killed_by="test_numerics.py::test_constant_rows_and_zero_rows",
     ),
     Bug(
         "variance of a sample", "prenorm.py", within="def _row_statistics_kernel(",
@@ -252,7 +252,7 @@ LAYER_NORM_LINEAR = (
         "beta forgotten", "prenorm.py", within="def _fold_kernel(",
         text="d += tl.sum(w * beta[None, :], 1)", instead="d += 0.0",
         why="norm_bias would be 0, as it is in a fresh model",
-        killed_by="test_layer_norm_linear.py::test_grid", quick=True,
+        killed_by="test_layer_norm_linear.py::test_grid",
     ),
     Bug(
         "bias not added", "prenorm.py", within="def _fold_kernel(",
