@@ -14,6 +14,7 @@ import math
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from . import configs
 from .launch import accumulator, cdiv, chip_of, dot_precision, launch, layout, tail, tl_accumulator
@@ -22,6 +23,7 @@ from .tiles import load_tile, row_offset, store_tile
 LOG2E = math.log2(math.e)  # exponents are of 2: scores are multiplied by scale_log2e = scale LOG2E
 # Below every score, but finite: -inf would make NaN of -inf - -inf where all scores of a tile are -inf.
 LOWEST = tl.constexpr(-3.4e38)
+GROUP = tl.constexpr(16)  # rows that the threads of 4 warps load at once at head dim 64
 
 
 @triton.jit
@@ -31,10 +33,10 @@ def _load_parts(
 ):  # fmt: skip
     """x[rows, :] as two parts, (ROWS, D0) and (ROWS, D1), with 0 from row_end on (if MASK) and from D on."""
     cols = tl.arange(0, D0)
-    x0 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET)
+    x0 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET, GROUP)
     if D1 > 0:
         cols = D0 + tl.arange(0, D1)
-        x1 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET)
+        x1 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET, GROUP)
     else:
         x1 = 0.0
     return x0, x1
@@ -45,11 +47,11 @@ def _store_parts(
     x_ptr, x0, x1, rows, row_end, stride_n, stride_d,
     MASK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    store_tile(x_ptr, x0, rows, row_end, tl.arange(0, D0), D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET)
+    cols = tl.arange(0, D0)
+    store_tile(x_ptr, x0, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET, GROUP)
     if D1 > 0:
-        store_tile(
-            x_ptr, x1, rows, row_end, D0 + tl.arange(0, D1), D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET
-        )
+        cols = D0 + tl.arange(0, D1)
+        store_tile(x_ptr, x1, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET, GROUP)
 
 
 @triton.jit
@@ -75,9 +77,9 @@ def _dot_parts(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: t
 def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b, for both parts of b's head dim."""
     a = a.to(b0.dtype)
-    acc0 = tl.dot(a, b0, acc0, out_dtype=ACC, input_precision=PRECISION)
-    if D1 > 0:
+    if D1 > 0:  # first: the last product decides which warps share rows, and a wide one lets fewer repeat work
         acc1 = tl.dot(a, b1, acc1, out_dtype=ACC, input_precision=PRECISION)
+    acc0 = tl.dot(a, b0, acc0, out_dtype=ACC, input_precision=PRECISION)
     return acc0, acc1
 
 
@@ -91,90 +93,157 @@ def _head_offset(b, h, stride_b, stride_h, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _fwd_keys(
-    q0, q1, k_ptr, v_ptr, acc0, acc1, row_max, row_sum, key_end, scale_log2e,
-    stride_kn, stride_kd, stride_vn, stride_vd,
-    KEYS: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+def _fwd_start(
+    q_ptr, rows, row_end, stride_qn, stride_qd,
+    MASK: tl.constexpr, SUMS: tl.constexpr, NEGATE: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the running maximum (of s log2 e), sum and output of each query; if FIRST, not yet set."""
-    keys = tl.arange(0, KEYS)
-    k0, k1 = _load_parts(k_ptr, keys, key_end, stride_kn, stride_kd, MASK, D, D0, D1, ALIGN, OFFSET)
+    """The queries of a tile, and before any key their output, maximum (of s log2 e) (M,) and sums (M, SUMS)."""
+    q0, q1 = _load_parts(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, D, D0, D1, ALIGN, OFFSET)
+    if NEGATE:  # a negative scale would turn the maximum into a minimum
+        q0 = -q0
+        q1 = -q1
+    acc0, acc1 = _zero_parts(rows.shape[0], D0, D1, ACC)
+    row_max = tl.full((rows.shape[0],), LOWEST, ACC)
+    row_sum = tl.zeros((rows.shape[0], SUMS), ACC)
+    return q0, q1, acc0, acc1, row_max, row_sum
+
+
+@triton.jit
+def _fwd_tile(
+    q0, q1, k0, k1, v0, v1, acc0, acc1, row_max, row_sum, key_end, scale_log2e,
+    MASK: tl.constexpr, FIRST: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries with one of keys: output, running maximum and sums of each query; if FIRST, not yet set."""
     s = _dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION)  # (M, KEYS)
     if MASK:
-        s = tl.where(keys[None, :] < key_end, s * scale_log2e, -float("inf"))
+        missing = tl.where(tl.arange(0, k0.shape[0]) < key_end, 0.0, -float("inf")).to(ACC)
+        s = s * scale_log2e + missing[None, :]
         new_max = tl.maximum(row_max, tl.max(s, 1))
         p = tl.exp2(s - new_max[:, None])
     else:
         new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2e)
         p = tl.exp2(s * scale_log2e - new_max[:, None])  # one FMA and one exp2 a pair
+    SUMS: tl.constexpr = row_sum.shape[1]
+    p_sum = tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // SUMS, SUMS)), 1)  # each thread its own: no shuffles
     if FIRST:
-        row_sum = tl.sum(p, 1)
+        row_sum = p_sum
     else:
         alpha = tl.exp2(row_max - new_max)
-        row_sum = row_sum * alpha + tl.sum(p, 1)
+        row_sum = row_sum * alpha[:, None] + p_sum
         acc0 = acc0 * alpha[:, None]
         if D1 > 0:
             acc1 = acc1 * alpha[:, None]
-    v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, MASK, D, D0, D1, ALIGN, OFFSET)
     acc0, acc1 = _add_dot(acc0, acc1, p, v0, v1, D1, ACC, PRECISION)
     return acc0, acc1, new_max, row_sum
+
+
+@triton.jit
+def _fwd_finish(
+    out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rows, row_end, stride_on, stride_od,
+    MASK: tl.constexpr, FAST: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    row_sum = tl.sum(row_sum, 1)  # at least 1, and finite: no special case of division or logarithm
+    if FAST:
+        share = libdevice.fast_dividef(1.0, row_sum)
+        lse = row_max + libdevice.fast_log2f(row_sum)
+    else:
+        share = 1.0 / row_sum
+        lse = row_max + tl.log2(row_sum)
+    _store_parts(
+        out_ptr, acc0 * share[:, None], acc1 * share[:, None] if D1 > 0 else acc1, rows, row_end, stride_on, stride_od,
+        MASK, D, D0, D1, ALIGN, OFFSET,
+    )  # fmt: skip
+    if MASK:
+        tl.store(lse_ptr + rows, lse, mask=rows < row_end)
+    else:
+        tl.store(lse_ptr + rows, lse)
 
 
 @triton.jit
 def _fwd_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ, NK, scale_log2e,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-    M: tl.constexpr, MASK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr,
+    M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr, FAST: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first M of NQ queries from q_ptr, with all keys."""
+    """The first M of NQ queries from q_ptr, with all keys; beside them, in a tile of SIDE_M, those that follow."""
     rows = tl.arange(0, M)
-    q0, q1 = _load_parts(q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, D, D0, D1, ALIGN, OFFSET)
-    if NEGATE:  # a negative scale would turn the maximum into a minimum
-        q0 = -q0
-        q1 = -q1
-    acc0, acc1 = _zero_parts(M, D0, D1, ACC)
-    row_max = tl.full((M,), LOWEST, ACC)
-    row_sum = tl.zeros((M,), ACC)
+    # Rows of a tile of 16 are shared by warps: 16 sums a row let two of them keep their own.
+    q0, q1, acc0, acc1, row_max, row_sum = _fwd_start(
+        q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, 16 if M == 16 else 8, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
+    )
+    if SIDE_M > 0:
+        side = M + tl.arange(0, SIDE_M)
+        side_q0, side_q1, side_acc0, side_acc1, side_max, side_sum = _fwd_start(
+            q_ptr, side, NQ, stride_qn, stride_qd, True, 8, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
+        )
     if TAIL_N > 0:  # first, while there is nothing to rescale
-        whole = NK - NK % BLOCK_N
-        acc0, acc1, row_max, row_sum = _fwd_keys(
-            q0, q1, k_ptr + row_offset(whole, stride_kn, ALIGN), v_ptr + row_offset(whole, stride_vn, ALIGN),
-            acc0, acc1, row_max, row_sum, NK % BLOCK_N, scale_log2e, stride_kn, stride_kd, stride_vn, stride_vd,
-            TAIL_N, True, True, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+        key_end = NK % BLOCK_N
+        tail_k_ptr = k_ptr + row_offset(NK - key_end, stride_kn, ALIGN)
+        tail_v_ptr = v_ptr + row_offset(NK - key_end, stride_vn, ALIGN)
+        keys = tl.arange(0, TAIL_N)
+        tail_k0, tail_k1 = _load_parts(
+            tail_k_ptr, keys, key_end, stride_kn, stride_kd, True, D, D0, D1, ALIGN, OFFSET
         )  # fmt: skip
-    for _ in range(0, NK // BLOCK_N):
-        acc0, acc1, row_max, row_sum = _fwd_keys(
-            q0, q1, k_ptr, v_ptr, acc0, acc1, row_max, row_sum, BLOCK_N, scale_log2e,
-            stride_kn, stride_kd, stride_vn, stride_vd,
-            BLOCK_N, False, False, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+        tail_v0, tail_v1 = _load_parts(
+            tail_v_ptr, keys, key_end, stride_vn, stride_vd, True, D, D0, D1, ALIGN, OFFSET
         )  # fmt: skip
-        k_ptr += tl.cast(BLOCK_N, OFFSET) * stride_kn
-        v_ptr += tl.cast(BLOCK_N, OFFSET) * stride_vn
-    share = 1.0 / row_sum
-    _store_parts(
-        out_ptr, acc0 * share[:, None], acc1 * share[:, None] if D1 > 0 else acc1, rows, NQ, stride_on, stride_od,
-        MASK_M, D, D0, D1, ALIGN, OFFSET,
+        if SIDE_M > 0:
+            side_acc0, side_acc1, side_max, side_sum = _fwd_tile(
+                side_q0, side_q1, tail_k0, tail_k1, tail_v0, tail_v1, side_acc0, side_acc1, side_max, side_sum,
+                key_end, scale_log2e, True, True, D1, ACC, PRECISION,
+            )  # fmt: skip
+        acc0, acc1, row_max, row_sum = _fwd_tile(
+            q0, q1, tail_k0, tail_k1, tail_v0, tail_v1, acc0, acc1, row_max, row_sum,
+            key_end, scale_log2e, True, True, D1, ACC, PRECISION,
+        )  # fmt: skip
+    if LOOP_N:
+        tl.assume(NK >= BLOCK_N)  # or the loop is guarded, and the sums are set to 0 on both ways
+        for _ in range(0, NK // BLOCK_N):
+            keys_n = tl.arange(0, BLOCK_N)
+            k0, k1 = _load_parts(k_ptr, keys_n, BLOCK_N, stride_kn, stride_kd, False, D, D0, D1, ALIGN, OFFSET)
+            v0, v1 = _load_parts(v_ptr, keys_n, BLOCK_N, stride_vn, stride_vd, False, D, D0, D1, ALIGN, OFFSET)
+            if SIDE_M > 0:
+                side_acc0, side_acc1, side_max, side_sum = _fwd_tile(
+                    side_q0, side_q1, k0, k1, v0, v1, side_acc0, side_acc1, side_max, side_sum,
+                    BLOCK_N, scale_log2e, False, False, D1, ACC, PRECISION,
+                )  # fmt: skip
+            acc0, acc1, row_max, row_sum = _fwd_tile(
+                q0, q1, k0, k1, v0, v1, acc0, acc1, row_max, row_sum,
+                BLOCK_N, scale_log2e, False, False, D1, ACC, PRECISION,
+            )  # fmt: skip
+            k_ptr += tl.cast(BLOCK_N, OFFSET) * stride_kn
+            v_ptr += tl.cast(BLOCK_N, OFFSET) * stride_vn
+    if SIDE_M > 0:
+        _fwd_finish(
+            out_ptr, lse_ptr, side_acc0, side_acc1, side_max, side_sum, side, NQ, stride_on, stride_od,
+            True, FAST, D, D0, D1, ALIGN, OFFSET,
+        )  # fmt: skip
+    _fwd_finish(
+        out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rows, NQ, stride_on, stride_od,
+        MASK_M, FAST, D, D0, D1, ALIGN, OFFSET,
     )  # fmt: skip
-    tl.store(lse_ptr + rows, row_max + tl.log2(row_sum), mask=rows < NQ)
 
 
 @triton.jit
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qh, stride_qn, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_ob, stride_oh, stride_on, stride_od,
+    stride_qb, stride_qh, stride_qn: tl.constexpr, stride_qd: tl.constexpr,
+    stride_kb, stride_kh, stride_kn: tl.constexpr, stride_kd: tl.constexpr,
+    stride_vb, stride_vh, stride_vn: tl.constexpr, stride_vd: tl.constexpr,
+    stride_ob, stride_oh, stride_on: tl.constexpr, stride_od: tl.constexpr,
     H, NQ, NK, scale_log2e,
-    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr, FAST: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program makes BLOCK_M rows of out and lse of one head; the last of a head makes the TAIL_M rows left over."""
+    """A program makes BLOCK_M rows of out and lse of one head. If LAST_M, the last of a head makes all that are left:
+    up to LAST_M, or if SIDE_M, all of LAST_M and up to SIDE_M more."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     row_start = tl.program_id(1) * BLOCK_M
     q_ptr += _head_offset(b, h, stride_qb, stride_qh, ALIGN) + row_offset(row_start, stride_qn, ALIGN)
@@ -182,17 +251,18 @@ def _attention_fwd_kernel(
     v_ptr += _head_offset(b, h, stride_vb, stride_vh, ALIGN)
     out_ptr += _head_offset(b, h, stride_ob, stride_oh, ALIGN) + row_offset(row_start, stride_on, ALIGN)
     lse_ptr += (b * H + h) * NQ + row_start
-    if TAIL_M < BLOCK_M and (TAIL_M == 0 or row_start + BLOCK_M <= NQ):
+    if LAST_M == 0 or tl.program_id(1) + 1 < tl.num_programs(1):
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            BLOCK_M, False, BLOCK_N, TAIL_N, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+            BLOCK_M, False, 0, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
-    elif TAIL_M > 0:
+    else:
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            TAIL_M, True, BLOCK_N, TAIL_N, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+            LAST_M, SIDE_M == 0, SIDE_M, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST,
+            D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
 
 
@@ -223,12 +293,12 @@ def _bwd_dq_keys(
 @triton.jit
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    stride_qb, stride_qh, stride_qn, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_ob, stride_oh, stride_on, stride_od,
-    stride_dob, stride_doh, stride_don, stride_dod,
-    stride_dqb, stride_dqh, stride_dqn, stride_dqd,
+    stride_qb, stride_qh, stride_qn: tl.constexpr, stride_qd: tl.constexpr,
+    stride_kb, stride_kh, stride_kn: tl.constexpr, stride_kd: tl.constexpr,
+    stride_vb, stride_vh, stride_vn: tl.constexpr, stride_vd: tl.constexpr,
+    stride_ob, stride_oh, stride_on: tl.constexpr, stride_od: tl.constexpr,
+    stride_dob, stride_doh, stride_don: tl.constexpr, stride_dod: tl.constexpr,
+    stride_dqb, stride_dqh, stride_dqn: tl.constexpr, stride_dqd: tl.constexpr,
     H, NQ, NK, scale, scale_log2e,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
@@ -303,12 +373,12 @@ def _bwd_dkdv_queries(
 @triton.jit
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qn, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_dob, stride_doh, stride_don, stride_dod,
-    stride_dkb, stride_dkh, stride_dkn, stride_dkd,
-    stride_dvb, stride_dvh, stride_dvn, stride_dvd,
+    stride_qb, stride_qh, stride_qn: tl.constexpr, stride_qd: tl.constexpr,
+    stride_kb, stride_kh, stride_kn: tl.constexpr, stride_kd: tl.constexpr,
+    stride_vb, stride_vh, stride_vn: tl.constexpr, stride_vd: tl.constexpr,
+    stride_dob, stride_doh, stride_don: tl.constexpr, stride_dod: tl.constexpr,
+    stride_dkb, stride_dkh, stride_dkn: tl.constexpr, stride_dkd: tl.constexpr,
+    stride_dvb, stride_dvh, stride_dvn: tl.constexpr, stride_dvd: tl.constexpr,
     H, NQ, NK, scale, scale_log2e,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
@@ -371,13 +441,15 @@ def attention_forward(q, k, v, scale):
     (b, h, nq, d), nk = q.shape, k.shape[2]
     out = q.new_empty_strided((b, h, nq, d), (nq * h * d, d, h * d, 1))
     lse = q.new_empty(b, h, nq, dtype=accumulator(q.dtype))
-    tiles = configs.tiles("attention_fwd", chip_of(q.device), q.dtype, d)
+    chip = chip_of(q.device)
+    tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq)
     launch(
-        _attention_fwd_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),
+        _attention_fwd_kernel, (b, programs, h),
         q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk, abs(scale) * LOG2E,
-        BLOCK_M=tiles.BLOCK_M, TAIL_M=tail(nq, tiles.BLOCK_M), BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
-        NEGATE=scale < 0, **_common(q, d, tiles.BLOCK_M, q, k, v, out),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SIDE_M=side_m,
+        BLOCK_N=tiles.BLOCK_N, LOOP_N=nk >= tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
+        NEGATE=scale < 0, FAST=q.dtype.itemsize == 2 and chip.startswith("sm_"),  # CUDA's approximations
+        **_common(q, d, tiles.BLOCK_M, q, k, v, out), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse
 

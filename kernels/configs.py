@@ -3,9 +3,9 @@
 Counts and spills are those of kernels compiled ahead of time by aot.py; nothing here was measured on a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .launch import cdiv, next_power_of_2
+from .launch import cdiv, next_power_of_2, tail
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,14 @@ class Row:
 
 
 _HOPPER = "sm_90 sm_100"
+_MMA_SYNC = "sm_80 sm_86 sm_89 sm_120"
 
 TABLE = (
     Row("attention_fwd", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "several tiles and tails even at N = 197"),
     Row("attention_fwd", "any", "half", 64, Tiles(128, 64, 4, 2), "32 rows a warp share each read of the keys"),
-    Row("attention_fwd", _HOPPER, "half", 80, Tiles(128, 64, 4, 2), "the same, as q stays in shared memory there"),
+    Row("attention_fwd", _HOPPER, "half", 96, Tiles(128, 64, 4, 2), "the same, as q stays in shared memory there"),
+    Row("attention_fwd", _MMA_SYNC, "half", 80, Tiles(128, 64, 4, 2), "the same; a few addresses spill"),
+    Row("attention_fwd", _MMA_SYNC, "half", 96, Tiles(128, 32, 4, 2), "the same; 64 keys spill"),
     Row("attention_fwd", "any", "half", 128, Tiles(128, 64, 8, 2), "16 rows a warp, or the output spills"),
     Row("attention_fwd", _HOPPER, "half", 256, Tiles(128, 64, 8, 2), "208 of 227 KB of shared memory"),
     Row("attention_fwd", "any", "half", 256, Tiles(128, 32, 8, 1), "a second stage spills"),
@@ -105,6 +108,34 @@ def head_dim_parts(head_dim, most):
         return d0, 0
     d1 = max(16, next_power_of_2(head_dim - half))
     return (half, d1) if half + d1 < d0 or d0 > most else (d0, 0)
+
+
+def query_tiles(chip, dtype, head_dim, n):
+    """How the forward kernel cuts n queries -> (Tiles, programs a head, its LAST_M, its SIDE_M).
+
+    What whole tiles leave over goes into one as narrow as 16. Where that wastes much, there are two other ways:
+    - with mma.sync, tiles of half the height on half the warps, if they pad an eighth less;
+    - on sm_90, whose HGMMA takes no fewer than 64 rows, up to 16 rows in a tile beside another of the same program,
+      which has the keys at hand. The interpreter does it too, so that tests run it.
+    """
+    chosen = tiles("attention_fwd", chip, dtype, head_dim)
+    half = chosen.BLOCK_M // 2
+    if chip in _MMA_SYNC.split() and dtype.itemsize == 2 and 8 * _padded(n, half) <= 7 * _padded(n, 2 * half):
+        chosen = replace(chosen, BLOCK_M=half, num_warps=chosen.num_warps // 2)
+        half //= 2
+    whole, left = divmod(n, chosen.BLOCK_M)
+    last = tail(n, chosen.BLOCK_M)
+    beside = chip == "interpreter" or (chip == "sm_90" and dtype.itemsize == 2)
+    if beside and head_dim <= 64:  # beyond, it spills
+        if whole and 0 < left <= 16:
+            return chosen, whole, chosen.BLOCK_M, 16
+        if half < left <= half + 16:
+            return chosen, whole + 1, half, 16
+    return chosen, whole + (left > 0), last, 0
+
+
+def _padded(n, block):
+    return n - n % block + tail(n, block)
 
 
 SM_COUNT = {

@@ -1,8 +1,8 @@
 """Instructions that attention's forward pass executes per (query, key) pair that is needed, everything counted.
 
-A head's programs are those with whole tiles of queries and at most one with the queries left over. Each of its warps
-executes what stands around its loop (prologue, the tail of the keys, epilogue: `Loop.around`, the longest way) and the
-loop once for each whole tile of keys. The sum over warps and programs is divided by N² pairs: rows and columns of
+A head's programs are those with whole tiles of queries and at most one with the queries left over, which may be
+narrower, or wider by a tile beside it. Each of its warps executes what stands around its loop (prologue, the tail of
+the keys, epilogue: `Loop.around`, the longest way) and the loop once for each whole tile of keys. The sum over warps and programs is divided by N² pairs: rows and columns of
 padding, work that warps repeat and predicated-off instructions are paid for, and nothing is assumed about caches.
 
 How often the loop runs is not taken on trust: multiply-adds around the loop and in it must add up to those of the
@@ -28,10 +28,11 @@ class Executed:
 def executed_per_pair(record, n):
     """For the record of an attention forward kernel and n tokens -> Executed, for one head."""
     c = record.config
-    block_m, tail_m, block_n, tail_n = c["BLOCK_M"], c["TAIL_M"], c["BLOCK_N"], c["TAIL_N"]
-    # queries a tile, how many programs, and whether the tile is narrower than the table says
-    variants = [] if tail_m == block_m else [(block_m, n // block_m)]
-    variants += [(tail_m, 1 if tail_m < block_m else -(-n // block_m))] if tail_m else []
+    block_m, block_n, tail_n = c["BLOCK_M"], c["BLOCK_N"], c["TAIL_N"]
+    variants = [(block_m, n // block_m)]  # (rows of a tile, how many programs)
+    if c["LAST_M"]:
+        whole = (n - 1) // block_m - (c["LAST_M"] == block_m and c["SIDE_M"] > 0)
+        variants = sorted([(block_m, whole), (c["LAST_M"] + c["SIDE_M"], 1)], reverse=True)
     loops = [loop for loop in record.loops if loop.macs]
     if not record.complete:
         return Executed(None, "an indirect jump hides part of the control flow")
