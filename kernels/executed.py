@@ -2,8 +2,9 @@
 
 A head's programs are those with whole tiles of queries and at most one with the queries left over, which may be
 narrower, or wider by a tile beside it. Each of its warps executes what stands around its loop (prologue, the tail of
-the keys, epilogue: `Loop.around`, the longest way) and the loop once for each whole tile of keys. The sum over warps and programs is divided by N² pairs: rows and columns of
-padding, work that warps repeat and predicated-off instructions are paid for, and nothing is assumed about caches.
+the keys, epilogue: `Loop.around`, the longest way) and the loop once for each whole tile of keys. The sum over warps
+and programs is divided by N² pairs: rows and columns of padding, work that warps repeat and predicated-off instructions
+are paid for, and nothing is assumed about caches.
 
 How often the loop runs is not taken on trust: multiply-adds around the loop and in it must add up to those of the
 tiles. A compiler that moves an iteration out of the loop (AMD's pipeliner does) shows in them and is allowed for;

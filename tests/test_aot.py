@@ -317,10 +317,10 @@ def loop(instructions, macs, around, around_macs):
     return Loop(**rest | {"instructions": instructions, "macs": macs, "around": around, "around_macs": around_macs})
 
 
-def forward(loops, block_m=128, tail_m=16, block_n=64, tail_n=16):
+def forward(loops, block_m=128, last_m=16, side_m=0, block_n=64, tail_n=16):
     """A Record of an attention forward kernel of head dim 64 and 4 warps, of which only its loops are set."""
     rest = dict.fromkeys(Record.__dataclass_fields__)
-    tiles = {"BLOCK_M": block_m, "TAIL_M": tail_m, "BLOCK_N": block_n, "TAIL_N": tail_n}
+    tiles = {"BLOCK_M": block_m, "LAST_M": last_m, "SIDE_M": side_m, "BLOCK_N": block_n, "TAIL_N": tail_n}
     return Record(**rest | {"config": tiles | {"D0": 64, "D1": 0, "num_warps": 4}, "loops": loops, "complete": True})
 
 
@@ -334,8 +334,20 @@ def test_executed_instructions_are_summed_over_the_programs_of_a_head():
     assert executed_per_pair(record, 257).per_pair == pytest.approx((two_whole + narrow) / 257**2, abs=1e-4)
 
 
+def test_rows_beside_a_tile_are_counted_with_their_program():
+    """257 queries: one whole tile, and one with a tile of 16 beside it; 197: a whole tile, and one of 64 + 16."""
+    wider = loop(680, WHOLE * 9 / 8, (1000, 1010), TAIL * 9 / 8)
+    record = forward([wider, loop(600, WHOLE, (800, 850), TAIL)], last_m=128, side_m=16)
+    expected = 4 * (1010 + 4 * 680) + 4 * (850 + 4 * 600)
+    assert executed_per_pair(record, 257).per_pair == pytest.approx(expected / 257**2, abs=1e-4)
+    narrower = loop(400, WHOLE * 5 / 8, (700, 710), TAIL * 5 / 8)
+    record = forward([loop(600, WHOLE, (800, 850), TAIL), narrower], last_m=64, side_m=16)
+    expected = 4 * (850 + 3 * 600) + 4 * (710 + 3 * 400)
+    assert executed_per_pair(record, 197).per_pair == pytest.approx(expected / 197**2, abs=1e-4)
+
+
 def test_an_iteration_moved_out_of_the_loop_is_not_counted_twice():
-    record = forward([loop(600, WHOLE, (1400, 1450), WHOLE)], tail_m=0, tail_n=0)
+    record = forward([loop(600, WHOLE, (1400, 1450), WHOLE)], last_m=0, tail_n=0)
     assert executed_per_pair(record, 256).per_pair == pytest.approx(2 * 4 * (1450 + 3 * 600) / 256**2, abs=1e-4)
 
 
@@ -349,6 +361,6 @@ def test_an_iteration_moved_out_of_the_loop_is_not_counted_twice():
     ],
 )
 def test_what_does_not_add_up_has_a_reason_and_no_figure(found, why):
-    executed = executed_per_pair(forward(found, tail_m=0, tail_n=0), 256)
+    executed = executed_per_pair(forward(found, last_m=0, tail_n=0), 256)
     assert executed.per_pair is None
     assert why in executed.why
