@@ -14,10 +14,11 @@ def _offsets(
     With GROUP, rows are counted in groups: where all threads load GROUP rows at once, a thread's rows lie that far
     apart, and its addresses are one register and constants if stride_row is known at compile time.
     """
+    along = cols[None, :].to(OFFSET) * stride_col
     if GROUP == 0:
-        return tl.multiple_of(rows[:, None].to(OFFSET) * stride_row, [1, ALIGN]) + cols[None, :].to(OFFSET) * stride_col
+        return tl.multiple_of(rows[:, None].to(OFFSET) * stride_row, [1, ALIGN]) + along
     within, groups = (rows % GROUP)[:, None].to(OFFSET), (rows // GROUP)[:, None].to(OFFSET)
-    offsets = tl.multiple_of(within * stride_row, [1, ALIGN]) + cols[None, :].to(OFFSET) * stride_col
+    offsets = tl.multiple_of(within * stride_row, [1, ALIGN]) + along
     return offsets + tl.multiple_of(groups * (GROUP * stride_row), [1, ALIGN])
 
 
