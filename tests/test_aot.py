@@ -109,12 +109,14 @@ TENSOR = {
 
 
 def test_half_precision_multiplies_with_the_chips_best_instruction(survey):
-    wrong = [
-        (record.name, record.hot.tensor)
-        for record in survey.records
-        if record.kernel in PRODUCTS and record.dtype != "fp32"
-        if not record.hot.tensor or not all(re.match(TENSOR[record.arch], name) for name in record.hot.tensor)
-    ]
+    """All products of the hot loop; but on sm_90, whose best takes no fewer than 64 rows, up to 16 beside a tile."""
+    wrong = []
+    for record in survey.records:
+        if record.kernel in PRODUCTS and record.dtype != "fp32":
+            others = [name for name in record.hot.tensor if not re.match(TENSOR[record.arch], name)]
+            beside = record.config.get("SIDE_M") and all(name.startswith("HMMA.16816.") for name in others)
+            if len(others) == len(record.hot.tensor) or (others and not beside):
+                wrong.append((record.name, record.hot.tensor))
     assert wrong == []
 
 
