@@ -16,7 +16,8 @@ from .backend import takes_triton
 from .launch import accumulator, triton
 
 if triton is not None:
-    from . import attention as triton_attention
+    from .attention import attention_forward as triton_attention_forward
+    from .attention_backward import attention_backward as triton_attention_backward
     from .prenorm import layer_norm_linear_forward as triton_layer_norm_linear_forward
     from .prenorm_backward import layer_norm_linear_backward as triton_layer_norm_linear_backward
 
@@ -61,24 +62,18 @@ def _split(qkv, heads):
 
 def _attention(q, k, v, scale, backend):
     """out and, for the backward pass of the same implementation only, the log-sum-exp of each query."""
-    if takes_triton(backend, q):
-        implementation = triton_attention
-    else:
-        implementation = native
+    forward = triton_attention_forward if takes_triton(backend, q) else native.attention_forward
     if q.numel() and k.numel():
-        return implementation.attention_forward(q, k, v, scale)
+        return forward(q, k, v, scale)
     # no query or no key: nothing to launch, and PyTorch's fused operator fails there
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
     return _new_heads(q, *q.shape).zero_(), lse
 
 
 def _attention_into(grad, q, k, v, out, lse, scale, backend, grads):
-    if takes_triton(backend, q):
-        implementation = triton_attention
-    else:
-        implementation = native
+    backward = triton_attention_backward if takes_triton(backend, q) else native.attention_backward
     if q.numel() and k.numel():
-        implementation.attention_backward(grad, q, k, v, out, lse, scale, *grads)
+        backward(grad, q, k, v, out, lse, scale, *grads)
         if k.shape[2] == 1:  # a softmax over one key is constant; ds = p (dp - delta) is 0 but for rounding
             grads[0].mul_(0)
             grads[1].mul_(0)

@@ -156,7 +156,8 @@ def _specialization(one):
 
 def _attention(case, n):
     """`qkv_attention` of 8 images and 12 heads; unaligned: a row of qkv has an odd length."""
-    from .attention import attention_backward, attention_forward
+    from .attention import attention_forward
+    from .attention_backward import attention_backward
 
     heads, d = 12, case.head_dim
     width = 3 * heads * d

@@ -316,7 +316,8 @@ def test_launches(where, launch_log, backend):
 @pytest.mark.parametrize("b, h, n", [(70_000, 2, 5), (300, 300, 70)])
 def test_more_heads_than_a_grid_takes(device, b, h, n):
     """CUDA takes 65535 programs on axes 1 and 2."""
-    from vitriton.kernels.attention import attention_backward, attention_forward
+    from vitriton.kernels.attention import attention_forward
+    from vitriton.kernels.attention_backward import attention_backward
 
     q = torch.empty(b, h, n, 16, device="meta")
     with record("sm_90") as launches:
