@@ -169,8 +169,8 @@ SPARSE = """
 import mmap
 import torch
 from vitriton.kernels import layer_norm_linear, use_backend
-    from vitriton.kernels.attention import attention_forward
-    from vitriton.kernels.attention_backward import attention_backward
+from vitriton.kernels.attention import attention_forward
+from vitriton.kernels.attention_backward import attention_backward
 
 torch.manual_seed(0)
 
