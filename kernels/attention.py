@@ -6,7 +6,7 @@
 
 q and out are (B,H,Nq,D), k and v (B,H,Nk,D). The forward pass walks over tiles of keys with a running maximum and sum,
 so that no (Nq,Nk) map exists; the backward pass makes p again from lse, which is all that is kept beside q, k, v and
-out. Sequences are cut into whole tiles, which carry no mask along the sequence, and one tail as narrow as 16. Head dims
+out (in fp32 up to a constant: `lse_unit`). Sequences are cut into whole tiles, which carry no mask along the sequence, and one tail as narrow as 16. Head dims
 are cut into two powers of two, D0 + D1: 80 costs 64 + 16, not 128. The second part of a tile is 0.0 where D1 is 0.
 """
 
@@ -141,7 +141,7 @@ def _fwd_tile(
 @triton.jit
 def _fwd_finish(
     out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rows, row_end, stride_on, stride_od,
-    MASK: tl.constexpr, FAST: tl.constexpr,
+    MASK: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     row_sum = tl.sum(row_sum, 1)  # at least 1, and finite: no special case of division or logarithm
@@ -150,7 +150,7 @@ def _fwd_finish(
         lse = row_max + libdevice.fast_log2f(row_sum)
     else:
         share = 1.0 / row_sum
-        lse = row_max + tl.log2(row_sum)
+        lse = row_max + tl.log2(row_sum * LSE_UNIT)
     _store_parts(
         out_ptr, acc0 * share[:, None], acc1 * share[:, None] if D1 > 0 else acc1, rows, row_end, stride_on, stride_od,
         MASK, D, D0, D1, ALIGN, OFFSET,
@@ -166,7 +166,8 @@ def _fwd_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ, NK, scale_log2e,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
     M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
+    NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -221,11 +222,11 @@ def _fwd_queries(
     if SIDE_M > 0:
         _fwd_finish(
             out_ptr, lse_ptr, side_acc0, side_acc1, side_max, side_sum, side, NQ, stride_on, stride_od,
-            True, FAST, D, D0, D1, ALIGN, OFFSET,
+            True, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
         )  # fmt: skip
     _fwd_finish(
         out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rows, NQ, stride_on, stride_od,
-        MASK_M, FAST, D, D0, D1, ALIGN, OFFSET,
+        MASK_M, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
     )  # fmt: skip
 
 
@@ -238,7 +239,8 @@ def _attention_fwd_kernel(
     stride_ob, stride_oh, stride_on: tl.constexpr, stride_od: tl.constexpr,
     H, NQ, NK, scale_log2e,
     BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATE: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
+    NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -255,13 +257,14 @@ def _attention_fwd_kernel(
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            BLOCK_M, False, 0, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+            BLOCK_M, False, 0, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
     else:
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            LAST_M, SIDE_M == 0, SIDE_M, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST,
+            LAST_M, SIDE_M == 0, SIDE_M, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
             D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
 
@@ -280,6 +283,15 @@ def _common(x, d, rows, *tensors):
     }  # fmt: skip
 
 
+def lse_unit(dtype, nk):
+    """A power of two near 1 / Nk. In fp32 lse is kept for probabilities in units of it: then lse is near 0 where rows
+    are flat, and its rounding, which is an error of every probability that backward makes from it, is an eighth.
+
+    Not in half precision, where it would bring the gradient of scores nearer to overflow.
+    """
+    return 1.0 if dtype.itemsize == 2 else 2.0 ** -round(math.log2(nk))
+
+
 def attention_forward(q, k, v, scale):
     """q (B,H,Nq,D), k and v (B,H,Nk,D), none empty -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq)."""
     (b, h, nq, d), nk = q.shape, k.shape[2]
@@ -293,6 +305,7 @@ def attention_forward(q, k, v, scale):
         BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SIDE_M=side_m,
         BLOCK_N=tiles.BLOCK_N, LOOP_N=nk >= tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
         NEGATE=scale < 0, FAST=q.dtype.itemsize == 2 and chip.startswith("sm_"),  # CUDA's approximations
+        LSE_UNIT=lse_unit(q.dtype, nk),
         **_common(q, d, tiles.BLOCK_M, q, k, v, out), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse

@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .attention import LOG2E, _add_dot, _common, _dot_parts, _head_offset, _load_parts, _store_parts, _zero_parts
+from .attention import (
+    LOG2E,
+    _add_dot,
+    _common,
+    _dot_parts,
+    _head_offset,
+    _load_parts,
+    _store_parts,
+    _zero_parts,
+    lse_unit,
+)
 from .launch import cdiv, chip_of, launch, tail
 from .tiles import row_offset
 
@@ -118,7 +128,7 @@ def _attention_bwd_dkdv_kernel(
     stride_dob, stride_doh, stride_don: tl.constexpr, stride_dod: tl.constexpr,
     stride_dkb, stride_dkh, stride_dkn: tl.constexpr, stride_dkd: tl.constexpr,
     stride_dvb, stride_dvh, stride_dvn: tl.constexpr, stride_dvd: tl.constexpr,
-    H, NQ, NK, scale, scale_log2e,
+    H, NQ, NK, scale, scale_log2e, LSE_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -158,7 +168,9 @@ def _attention_bwd_dkdv_kernel(
     _store_parts(
         dk_ptr, dk0 * scale, dk1 * scale, keys, key_end, stride_dkn, stride_dkd, True, D, D0, D1, ALIGN, OFFSET
     )
-    _store_parts(dv_ptr, dv0, dv1, keys, key_end, stride_dvn, stride_dvd, True, D, D0, D1, ALIGN, OFFSET)
+    _store_parts(
+        dv_ptr, dv0 * LSE_UNIT, dv1 * LSE_UNIT, keys, key_end, stride_dvn, stride_dvd, True, D, D0, D1, ALIGN, OFFSET
+    )
 
 
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
@@ -166,13 +178,14 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     (b, h, nq, d), nk = q.shape, k.shape[2]
     lse = lse.contiguous()
     delta = lse.new_empty(lse.shape)
+    unit = lse_unit(q.dtype, nk)
     tensors = (q, k, v, out, grad, dq, dk, dv)
     tiles = configs.tiles("attention_bwd_dq", chip_of(q.device), q.dtype, d)
     launch(
         _attention_bwd_dq_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),
         q, k, v, out, grad, lse, delta, dq,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *grad.stride(), *dq.stride(),
-        h, nq, nk, scale, scale * LOG2E,
+        h, nq, nk, scale * unit, scale * LOG2E,
         BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
         **_common(q, d, tiles.BLOCK_M, *tensors), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -181,7 +194,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
         _attention_bwd_dkdv_kernel, (b, cdiv(nk, tiles.BLOCK_N), h),
         q, k, v, grad, lse, delta, dk, dv,
         *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
-        h, nq, nk, scale, scale * LOG2E,
+        h, nq, nk, scale * unit, scale * LOG2E, LSE_UNIT=unit,
         BLOCK_M=tiles.BLOCK_M, TAIL_M=tail(nq, tiles.BLOCK_M), BLOCK_N=tiles.BLOCK_N,
         **_common(q, d, tiles.BLOCK_N, *tensors), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
