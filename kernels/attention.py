@@ -6,8 +6,9 @@
 
 q and out are (B,H,Nq,D), k and v (B,H,Nk,D). The forward pass walks over tiles of keys with a running maximum and sum,
 so that no (Nq,Nk) map exists; the backward pass makes p again from lse, which is all that is kept beside q, k, v and
-out (in fp32 up to a constant: `lse_unit`). Sequences are cut into whole tiles, which carry no mask along the sequence, and one tail as narrow as 16. Head dims
-are cut into two powers of two, D0 + D1: 80 costs 64 + 16, not 128. The second part of a tile is 0.0 where D1 is 0.
+out (up to a constant: `lse_unit`). Sequences are cut into whole tiles, which carry no mask along the sequence, and one
+tail as narrow as 16. Head dims are cut into two powers of two, D0 + D1: 80 costs 64 + 16, not 128. The second part of a
+tile is 0.0 where D1 is 0.
 """
 
 import math
