@@ -149,7 +149,9 @@ def layer_norm_linear_backward(
         grad = torch.ops.aten.gelu_backward.default(grad, z, approximate=_GELU[activation])
     acc, k = mean.dtype, x.shape[-1]
     gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
-    dy = grad @ weight
+    grad = grad.reshape(mean.numel(), weight.shape[0])
+    # of one column, PyTorch's product sums term by term, and errs more
+    dy = (grad @ weight if k > 1 else (grad * weight.t()).sum(1, keepdim=True)).view(x.shape)
     if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
         dy = dy.to(acc)
     # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
@@ -168,6 +170,5 @@ def layer_norm_linear_backward(
     normed = _layer_norm(x, gamma, beta, eps)[0]
     if normed.dtype != weight.dtype:
         normed = normed.to(weight.dtype)
-    grad = grad.reshape(mean.numel(), weight.shape[0])
     dweight = grad.t() @ normed.view(mean.numel(), k)
     return dx, (dnorm_weight, dnorm_bias, dweight, None if bias is None else grad.sum(0))
