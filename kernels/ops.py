@@ -152,24 +152,14 @@ def _layer_norm_linear_fake(x, norm_weight, norm_bias, weight, bias, eps, activa
 def _layer_norm_linear_backward(
     grad, x, norm_weight, norm_bias, weight, bias, z, mean, rstd, eps, activation, need_dx, need_dw, backend
 ):
-    tensors = norm_weight, norm_bias, weight, bias
+    parameters, how = (norm_weight, norm_bias, weight, bias), (eps, activation, need_dx, need_dw)
     if _layer_norm_linear_takes_triton(x, weight, backend):
         (n, k), m = weight.shape, mean.numel()
-        dx, dw = triton_layer_norm_linear_backward(
-            grad.reshape(m, n),
-            x.reshape(m, k),
-            *tensors,
-            z.reshape(m, n),
-            mean,
-            rstd,
-            eps,
-            activation,
-            need_dx,
-            need_dw,
-        )
+        rows, z = x.reshape(m, k), z.reshape(m, n)
+        dx, dw = triton_layer_norm_linear_backward(grad.reshape(m, n), rows, *parameters, z, mean, rstd, *how)
         dx = dx if dx is None else dx.view(x.shape)
     else:
-        dx, dw = native.layer_norm_linear_backward(grad, x, *tensors, z, mean, rstd, eps, activation, need_dx, need_dw)
+        dx, dw = native.layer_norm_linear_backward(grad, x, *parameters, z, mean, rstd, *how)
     if need_dx and x.shape[-1] == 1:  # x̂ of one feature is 0 whatever x is; dz W' - s1 is 0 but for rounding
         dx.mul_(0)
     return dx, *(dw or (None,) * 4)
@@ -278,14 +268,8 @@ def _qkv_attention_setup(ctx, inputs, output):
 def _qkv_attention_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 4
-    return (
-        _call(
-            qkv_attention_backward, _qkv_attention_backward, grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend
-        ),
-        None,
-        None,
-        None,
-    )
+    args = grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.backend
+    return _call(qkv_attention_backward, _qkv_attention_backward, *args), None, None, None
 
 
 def _qkv_attention_backward_setup(ctx, inputs, output):
@@ -313,17 +297,8 @@ def _layer_norm_linear_grad(ctx, grad, *_):
     need_dx, *need_dw = ctx.needs_input_grad[:5]
     if grad is None:
         return (None,) * 9
-    grads = _call(
-        layer_norm_linear_backward,
-        _layer_norm_linear_backward,
-        grad,
-        *ctx.saved_tensors,
-        ctx.eps,
-        ctx.activation,
-        need_dx,
-        any(need_dw),
-        ctx.backend,
-    )
+    args = grad, *ctx.saved_tensors, ctx.eps, ctx.activation, need_dx, any(need_dw), ctx.backend
+    grads = _call(layer_norm_linear_backward, _layer_norm_linear_backward, *args)
     needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
     return *(g if need else None for g, need in needed), None, None, None, None
 
@@ -396,6 +371,15 @@ def _call(op, implementation, *args):
     return implementation(*args)
 
 
+def needs_grad(*tensors):
+    """Whether autograd is to keep what these tensors are used for."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def _callable(op, implementation, setup, grad):
     """`op` or what comes to the same, but for its first result only."""
 
@@ -425,9 +409,7 @@ call_layer_norm_linear = _callable(
 def linear(x, weight, bias):
     """F.linear(x, weight, bias), by native.py's faster way where that gives the same."""
     tensors = x, weight, bias
-    if bias is None or x.device.type != "cpu" or _watched(tensors):
-        return F.linear(*tensors)
-    if x.dtype.itemsize == 2 and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if _watched(tensors) or (x.dtype.itemsize == 2 and needs_grad(*tensors)):
         return F.linear(*tensors)
     return native.linear(*tensors)
 

@@ -43,7 +43,7 @@ class FusedAttention(Attention):
         if not (untouched(attend, nn.Softmax) and attend.dim == -1):
             return False
         dropout = self._modules.get("dropout")  # vit-pytorch 1.0 to 1.3 drops attention weights while training
-        return dropout is None or (untouched(dropout, nn.Dropout) and not (dropout.training and dropout.p))
+        return dropout is None or idle(dropout)
 
 
 class FusedFeedForward(FeedForward):
@@ -102,6 +102,11 @@ def untouched(module, kind):
     )
 
 
+def idle(module):
+    """Whether `module` is a Dropout that drops nothing."""
+    return untouched(module, nn.Dropout) and not (module.training and module.p)
+
+
 def merged(x, norm, fn, activation=None):
     """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same."""
     if not (untouched(norm, nn.LayerNorm) and untouched(fn, nn.Linear) and len(norm.normalized_shape) == 1):
@@ -124,6 +129,6 @@ def apply(module, x):
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if type(weight) in PLAIN_TENSORS and type(bias) in PLAIN_TENSORS:
             return linear(x, weight, bias)
-    elif untouched(module, nn.Dropout) and not (module.training and module.p):
+    elif idle(module):
         return x
     return module(x)
