@@ -24,6 +24,7 @@ from .tiles import load_tile, row_offset, store_tile
 LOG2E = math.log2(math.e)  # exponents are of 2: scores are multiplied by scale_log2e = scale LOG2E
 # Below every score, but finite: -inf would make NaN of -inf - -inf where all scores of a tile are -inf.
 LOWEST = tl.constexpr(-3.4e38)
+SMALLEST_SCALE = 1e-30  # instead of 0, which times the score -inf of a key that is not there would be NaN
 GROUP = tl.constexpr(16)  # rows that the threads of 4 warps load at once at head dim 64
 
 
@@ -111,6 +112,12 @@ def _fwd_start(
 
 
 @triton.jit
+def _exp2(s, scale_log2e, shift):
+    """2 ** (s scale_log2e - shift), whose argument is rounded once: one FMA and one exp2 a pair."""
+    return tl.exp2(tl.fma(s, tl.full((), scale_log2e, s.dtype), -shift))
+
+
+@triton.jit
 def _fwd_tile(
     q0, q1, k0, k1, v0, v1, acc0, acc1, row_max, row_sum, key_end, scale_log2e,
     MASK: tl.constexpr, FIRST: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -118,13 +125,9 @@ def _fwd_tile(
     """A tile of queries with one of keys: output, running maximum and sums of each query; if FIRST, not yet set."""
     s = _dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION)  # (M, KEYS)
     if MASK:
-        missing = tl.where(tl.arange(0, k0.shape[0]) < key_end, 0.0, -float("inf")).to(ACC)
-        s = s * scale_log2e + missing[None, :]
-        new_max = tl.maximum(row_max, tl.max(s, 1))
-        p = tl.exp2(s - new_max[:, None])
-    else:
-        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2e)
-        p = tl.exp2(s * scale_log2e - new_max[:, None])  # one FMA and one exp2 a pair
+        s += tl.where(tl.arange(0, k0.shape[0]) < key_end, 0.0, -float("inf")).to(ACC)[None, :]
+    new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2e)
+    p = _exp2(s, scale_log2e, new_max[:, None])
     SUMS: tl.constexpr = row_sum.shape[1]
     p_sum = tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // SUMS, SUMS)), 1)  # each thread its own: no shuffles
     if FIRST:
@@ -285,10 +288,10 @@ def _common(x, d, rows, *tensors):
 
 
 def lse_unit(dtype, nk):
-    """A power of two near 1 / Nk. In fp32 lse is kept for probabilities in units of it: then lse is near 0 where rows
-    are flat, and its rounding, which is an error of every probability that backward makes from it, is an eighth.
+    """A power of two near 1 / Nk. In fp32 lse is of probabilities in units of it: then scores less lse, where rows are
+    flat, are near 0, and their rounding, which is an error of the p that backward makes of them, is an eighth.
 
-    Not in half precision, where it would bring the gradient of scores nearer to overflow.
+    Backward divides by the sum of these p there, so that the unit goes out. Not in half precision, where it does not.
     """
     return 1.0 if dtype.itemsize == 2 else 2.0 ** -round(math.log2(nk))
 
@@ -302,7 +305,8 @@ def attention_forward(q, k, v, scale):
     tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq)
     launch(
         _attention_fwd_kernel, (b, programs, h),
-        q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk, abs(scale) * LOG2E,
+        q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk,
+        max(abs(scale), SMALLEST_SCALE) * LOG2E,
         BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SIDE_M=side_m,
         BLOCK_N=tiles.BLOCK_N, LOOP_N=nk >= tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
         NEGATE=scale < 0, FAST=q.dtype.itemsize == 2 and chip.startswith("sm_"),  # CUDA's approximations

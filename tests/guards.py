@@ -28,12 +28,14 @@ that they take part in and after the test. Strides, offset 0 and alignment are t
             racing_launcher(torch.ones(8, device=device))
 
 `launch_log` holds the launches of the whole test (under hypothesis: of all examples so far; `launch_log.clear()`).
-The pieces are in memory_guards.py and interpreter_guards.py.
+Products and fused multiply-adds are rounded as a GPU rounds them, not as the BLAS of this machine does.
+The pieces are in memory_guards.py, interpreter_guards.py and interpreter_arithmetic.py.
 """
 
 import os
 from contextlib import ExitStack, contextmanager
 
+from interpreter_arithmetic import gpu_arithmetic
 from interpreter_guards import SCRATCH, Launch, guard_interpreter, triton
 from memory_guards import LIBRARY, GuardError, Heap, guard_allocations
 
@@ -60,6 +62,7 @@ def guard():
         guard_allocations(patches, heap)
         if interpreting():
             guard_interpreter(patches, heap, log)
+            gpu_arithmetic(patches)
         yield log
         heap.verify("by the end of the test")
 

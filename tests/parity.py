@@ -120,9 +120,9 @@ def three_ways(function, inputs, grad=None, *, base=None, **options):
 def assert_close(result, base, gold, spread=0.0):
     """Hold each tensor of `result` to the rule of reference.compare.
 
-    `spread` widens it for sharp attention in fp32, by eps max |gold| times the largest |logit|: the backward pass makes
-    p = exp(logit - lse) again from one rounded lse a query, so that p has the relative error eps |logit|, where the
-    formula keeps p, and that is exactly 0 or 1 in a saturated row.
+    `spread` widens it for sharp attention in fp32 on the native path, by eps max |gold| times the largest |logit|:
+    PyTorch's fused backward pass makes p = exp(logit - lse) again from one rounded lse a query, so that p has the
+    relative error eps |logit|, where the formula keeps p, and that is exactly 0 or 1 in a saturated row.
     """
     for name, value in result.items():
         error = reference.compare(name, value, base[name], gold[name], k=2 if name == "out" else 3)

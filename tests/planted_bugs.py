@@ -47,7 +47,7 @@ class Bug:
 FORWARD = (
     Bug(
         "keys: mask dropped", "attention.py", within="def _fwd_tile(",
-        text="s = s * scale_log2e + missing[None, :]", instead="s = s * scale_log2e",
+        text="if MASK:\n        s +=", instead="if MASK:\n        unused = s +",
         why="keys that are not there get a weight of exp(0)",
         killed_by="test_attention.py::test_more_or_fewer_keys_than_queries", quick=True,
     ),
@@ -59,7 +59,7 @@ FORWARD = (
     ),
     Bug(
         "scale forgotten", "attention.py", within="def _fwd_tile(",
-        text="p = tl.exp2(s * scale_log2e - new_max[:, None])", instead="p = tl.exp2(s - new_max[:, None])",
+        text="p = _exp2(s, scale_log2e, new_max[:, None])", instead="p = _exp2(s, 1.0, new_max[:, None])",
         why="whole tiles of keys would get another softmax than the tail",
         killed_by="test_attention.py::test_attention",
     ),
@@ -202,9 +202,15 @@ BACKWARD = (
     ),
     Bug(
         "dv: p of all queries of a row", "attention_backward.py", within="def _bwd_dkdv_queries(",
-        text="scale_log2e - lse[None, :])", instead="scale_log2e - tl.max(lse, 0))",
+        text="scale_log2e, lse[None, :])", instead="scale_log2e, tl.max(lse, 0))",
         why="each query has its own sum",
         killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "dk: delta not divided by the sum of p", "attention_backward.py", within="def _bwd_dkdv_queries(",
+        text="        delta *= share\n", instead="",
+        why="in fp32 p is divided by its own sum, and so must be all that stands beside it",
+        killed_by="test_attention.py::test_scale",
     ),
     Bug(
         "lse not advanced", "attention_backward.py", within="def _attention_bwd_dkdv_kernel(",

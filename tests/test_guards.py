@@ -330,6 +330,36 @@ def test_int32_overflow(op):
 
 
 @triton.jit
+def fma_kernel(x_ptr, y_ptr, z_ptr):
+    tl.store(z_ptr, tl.fma(tl.load(x_ptr), tl.load(y_ptr), tl.load(z_ptr)))
+
+
+def test_fma_is_rounded_once():
+    x, z = torch.tensor([1 + 2.0**-12]), torch.tensor([-1 - 2.0**-11])
+    fma_kernel[(1,)](x, x.clone(), z)
+    assert z.item() == 2.0**-24  # of two roundings, the first would leave 0
+
+
+@triton.jit
+def product_kernel(x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    z = tl.dot(tl.load(x_ptr + i * BLOCK + j), tl.load(y_ptr + i * BLOCK + j), input_precision="ieee")
+    tl.store(z_ptr + i * BLOCK + j, z)
+
+
+def test_a_row_has_the_same_product_wherever_it_stands():
+    x, y = torch.randn(2, 64, 64)
+    z, turned, across = torch.empty(3, 64, 64)
+    for result, (a, b) in (
+        (z, (x, y)),
+        (turned, (x.roll(5, 0), y)),
+        (across, (y.t().contiguous(), x.t().contiguous())),
+    ):
+        product_kernel[(1,)](a, b, result, 64)
+    assert torch.equal(turned, z.roll(5, 0)) and torch.equal(across, z.t())
+
+
+@triton.jit
 def hint_kernel(x_ptr, y_ptr, stride, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.multiple_of(tl.program_id(0) * stride, ALIGN)
     rows = tl.multiple_of(tl.arange(0, 2)[:, None] * stride, [1, ALIGN]) + tl.arange(0, BLOCK)[None, :]

@@ -35,23 +35,26 @@ def scaled(inputs, **factors):
 
 
 @implementations()
-def test_sharp_attention(where, dtype):
+def test_sharp_attention(where, backend, dtype):
     """q x 5 and k x 3: most rows give nearly all weight to one key."""
     inputs = scaled(attention_inputs(1, 3, 40, 70, 32, dtype=dtype, device=where), q=5, k=3)
     logits = (inputs["q"] @ inputs["k"].transpose(-1, -2)).abs().max().item() / 32**0.5
-    assert_parity(attention, inputs, spread=logits if dtype == F32 else 0.0)
+    assert_parity(attention, inputs, spread=logits if dtype == F32 and backend == "native" else 0.0)
 
 
 @implementations()
 def test_logits_of_1e5(where, dtype):
-    """Each query's own key is ahead by 4e4: the output is its value to the last bit, and q and k have no gradient."""
+    """Each query's own key is ahead by 4e4: the output is its value, and q and k have no gradient.
+
+    Not to the last bit: p = exp2(s - max) of that key is 1 but for the rounding of max, and is divided by its sum.
+    """
     x = torch.eye(40, dtype=dtype, device=where)[None, None] * 2 - 0.5  # dots: 12 with itself, 8 with another
     inputs = {"q": x, "k": x.clone(), "v": randn(1, 1, 40, 40, dtype=dtype, device=where)}
     inputs = {name: t.requires_grad_() for name, t in inputs.items()}
     grad = randn(1, 1, 40, 40, dtype=dtype, device=where)
     result = run(attention, inputs, grad, scale=1e4)
-    assert torch.equal(result["out"], inputs["v"].detach())
     eps = torch.finfo(torch.promote_types(dtype, F32)).eps
+    torch.testing.assert_close(result["out"], inputs["v"].detach(), rtol=torch.finfo(dtype).eps, atol=0)
     torch.testing.assert_close(result["dv"].double(), grad.double(), rtol=torch.finfo(dtype).eps + 1.2e5 * eps, atol=0)
     # ds = p (dp - delta) is rounding of two sums over the head dim
     rounding = 4 * eps * (grad.abs() * inputs["v"].abs()).sum(-1).max().item() * 1e4 * 1.5

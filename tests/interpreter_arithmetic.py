@@ -1,0 +1,36 @@
+"""The arithmetic of a GPU in Triton's interpreter, where NumPy's is another: fused multiply-add, and fp32 products.
+
+A GPU rounds a fused multiply-add once, the interpreter twice. A GPU gives an element of a product of tiles the same
+bits wherever it stands in the tile, and in the transposed product too; NumPy's BLAS sums in an order that depends on
+processor, shape and place. Here each such sum is rounded once, and what a test sees is the kernel's own rounding.
+"""
+
+import numpy as np
+from memory_guards import patch
+
+
+def gpu_arithmetic(patches):
+    """Compute so until `patches` closes."""
+    from triton.runtime import interpreter
+
+    def wide(array):  # in fp64 the product of two fp32 numbers is exact
+        return array.astype(np.float64) if array.dtype == np.float32 else array
+
+    def create_fma(original):
+        def fused(self, x, y, z):
+            result = wide(x.data) * wide(y.data) + wide(z.data)
+            return interpreter.TensorHandle(result.astype(z.data.dtype), z.dtype.scalar)
+
+        return fused
+
+    def create_dot(original):
+        def rounded_once(self, a, b, d, *rest):
+            if a.data.dtype != np.float32:
+                return original(self, a, b, d, *rest)
+            result = np.matmul(wide(a.data), wide(b.data)).astype(np.float32) + d.data
+            return interpreter.TensorHandle(result, d.dtype.scalar)
+
+        return rounded_once
+
+    patch(patches, interpreter.InterpreterBuilder, "create_fma", create_fma)
+    patch(patches, interpreter.InterpreterBuilder, "create_dot", create_dot)
