@@ -4,12 +4,11 @@ The same contracts as the Triton kernels: `attention_*` and `layer_norm_linear_*
 in attention.py and prenorm.py do, so that ops.py can choose either.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 
 from .launch import accumulator
+from .packed import GELU, linear
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -17,8 +16,6 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # PyTorch's fused backward pass is slower in bf16 on a CPU than its products of matrices, which need two maps of all
 # pairs of queries and keys. They are used for as many images at a time as have this many pairs (64 MB a map).
 MOST_PAIRS = 2**25
-
-_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def attention_forward(q, k, v, scale):
@@ -105,40 +102,17 @@ def _layer_norm(x, norm_weight, norm_bias, eps):
     return normed, mean + shift, rstd
 
 
-def linear(x, weight, bias):
-    """x (...,K), weight (N,K), bias (N,) or None -> (...,N): F.linear, which copies the bias first, at some cost.
-
-    Differentiable in fp32 and fp64 only.
-    """
-    if bias is None or x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    if x.dtype.itemsize > 2:
-        return F.linear(x, weight).add_(bias)
-    if _onednn_takes(x.dtype):
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-@cache
-def _onednn_takes(dtype):
-    """Whether this PyTorch and this processor have oneDNN's Linear in this half precision; it rounds once."""
-    supported = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"
-    }[dtype]  # fmt: skip
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return getattr(torch.ops.mkldnn, supported)()
-
-
-def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, save_preactivation):
+def layer_norm_linear_forward(
+    x, norm_weight, norm_bias, weight, bias, eps, activation, save_preactivation, *, may_pack=True
+):
     """x (...,K), weight (N,K) -> y (...,N), its pre-activation (...,N) or None, mean and rstd, of a row each."""
     normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)
-    z = linear(normed.to(weight.dtype), weight, bias)
-    if activation is None:
-        return z, None, mean, rstd
-    if save_preactivation:
-        return F.gelu(z, approximate=_GELU[activation]), z, mean, rstd
-    return torch.ops.aten.gelu_.default(z, approximate=_GELU[activation]), None, mean, rstd
+    if normed.dtype != weight.dtype:
+        normed = normed.to(weight.dtype)
+    if activation is None or not save_preactivation:
+        return linear(normed, weight, bias, activation, may_pack=may_pack), None, mean, rstd
+    z = linear(normed, weight, bias, may_pack=False)
+    return F.gelu(z, approximate=GELU[activation]), z, mean, rstd
 
 
 def layer_norm_linear_backward(
@@ -146,7 +120,7 @@ def layer_norm_linear_backward(
 ):
     """grad, z (...,N), x (...,K) -> dx (...,K) or None, (dnorm_weight, dnorm_bias, dweight, dbias) or None."""
     if activation is not None:
-        grad = torch.ops.aten.gelu_backward.default(grad, z, approximate=_GELU[activation])
+        grad = torch.ops.aten.gelu_backward.default(grad, z, approximate=GELU[activation])
     acc, k = mean.dtype, x.shape[-1]
     gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
     grad = grad.reshape(mean.numel(), weight.shape[0])

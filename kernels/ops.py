@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from . import native, reference
+from . import native, packed, reference
 from .backend import takes_triton
 from .launch import accumulator, triton
 
@@ -126,9 +126,11 @@ def _layer_norm_linear_takes_triton(x, weight, backend):
     return both and x.numel() > 0 and weight.numel() > 0  # PyTorch knows what to do with nothing
 
 
-def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend):
+def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend, *, may_pack=True):
     if not _layer_norm_linear_takes_triton(x, weight, backend):
-        return native.layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, save)
+        return native.layer_norm_linear_forward(
+            x, norm_weight, norm_bias, weight, bias, eps, activation, save, may_pack=may_pack
+        )
     rows = x.reshape(-1, x.shape[-1])
     y, z, mean, rstd = triton_layer_norm_linear_forward(
         rows, norm_weight, norm_bias, weight, bias, eps, activation, save
@@ -380,11 +382,11 @@ def needs_grad(*tensors):
     return False
 
 
-def _callable(op, implementation, setup, grad):
-    """`op` or what comes to the same, but for its first result only."""
+def _callable(op, implementation, setup, grad, **in_training):
+    """`op` or what comes to the same, but for its first result only; `in_training` goes to `implementation` there."""
 
     def forward(ctx, *args):
-        output = implementation(*args)
+        output = implementation(*args, **in_training)
         setup(ctx, args, output)
         return output[0]
 
@@ -402,16 +404,16 @@ def _callable(op, implementation, setup, grad):
 call_attention = _callable(attention, _attention, _attention_setup, _attention_grad)
 call_qkv_attention = _callable(qkv_attention, _qkv_attention, _qkv_attention_setup, _qkv_attention_grad)
 call_layer_norm_linear = _callable(
-    layer_norm_linear, _layer_norm_linear, _layer_norm_linear_setup, _layer_norm_linear_grad
+    layer_norm_linear, _layer_norm_linear, _layer_norm_linear_setup, _layer_norm_linear_grad, may_pack=False
 )
 
 
 def linear(x, weight, bias):
-    """F.linear(x, weight, bias), by native.py's faster way where that gives the same."""
+    """F.linear(x, weight, bias), by packed.py's faster ways where nothing is to be differentiated."""
     tensors = x, weight, bias
-    if _watched(tensors) or (x.dtype.itemsize == 2 and needs_grad(*tensors)):
+    if _watched(tensors) or needs_grad(*tensors):
         return F.linear(*tensors)
-    return native.linear(*tensors)
+    return packed.linear(*tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
