@@ -23,7 +23,8 @@ VARIABLE = "VITRITON_CPU_LINEAR"
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 MARGIN = 0.9  # oneDNN is passed over where PyTorch's own product takes less than this part of its time
-FEW_ROWS = 32  # with fewer, a product takes as long as reading the weight, which a check of a copy would do again
+FEW_ROWS = 32  # with fewer, a product takes as long as reading the weight
+PACKED_ROWS = 384  # with fewer, checking a copy, which reads the weight, takes as long as the copy saves
 CLASSES = {True: (192, 256), False: (768, 1536)}  # K and N that stand for small weights, and for others
 SMALL = 2**19  # elements of a weight
 
@@ -51,7 +52,7 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
     chosen = choice(x.dtype, rows, n, k)
     if chosen.linear == "pytorch":
         return _activate(_pytorch_linear(x, weight, bias), activation)
-    copy = packed(weight) if may_pack and chosen.linear == "packed" else None
+    copy = packed(weight) if may_pack and rows >= PACKED_ROWS and chosen.linear == "packed" else None
     if copy is None:
         copy = _contiguous(weight)
     x = _contiguous(x)  # oneDNN has slow ways for other layouts
