@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from . import native, reference
-from .backend import takes_triton
+from . import native, packed, reference
+from .backend import chosen_backend, takes_triton
 from .launch import accumulator, triton
 
 if triton is not None:
@@ -20,6 +20,9 @@ if triton is not None:
     from .attention_backward import attention_backward as triton_attention_backward
     from .prenorm import layer_norm_linear_forward as triton_layer_norm_linear_forward
     from .prenorm_backward import layer_norm_linear_backward as triton_layer_norm_linear_backward
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+DIRECT = (torch.float32, torch.bfloat16)  # see `direct`
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The operators
@@ -60,11 +63,13 @@ def _split(qkv, heads):
     return qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
 
 
-def _attention(q, k, v, scale, backend):
+def _attention(q, k, v, scale, backend, *, with_lse=True):
     """out and, for the backward pass of the same implementation only, the log-sum-exp of each query."""
-    forward = triton_attention_forward if takes_triton(backend, q) else native.attention_forward
     if q.numel() and k.numel():
-        return forward(q, k, v, scale)
+        if takes_triton(backend, q):
+            return triton_attention_forward(q, k, v, scale)
+        return native.attention_forward(q, k, v, scale, with_lse=with_lse)
+    takes_triton(backend, q)  # which raises if the backend cannot run
     # no query or no key: nothing to launch, and PyTorch's fused operator fails there
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype))
     return _new_heads(q, *q.shape).zero_(), lse
@@ -96,8 +101,8 @@ def _attention_backward_fake(grad, q, k, v, out, lse, scale, backend):
     return tuple(_new_heads(t, *t.shape) for t in (q, k, v))
 
 
-def _qkv_attention(qkv, heads, scale, backend):
-    out, lse = _attention(*_split(qkv, heads), scale, backend)
+def _qkv_attention(qkv, heads, scale, backend, *, with_lse=True):
+    out, lse = _attention(*_split(qkv, heads), scale, backend, with_lse=with_lse)
     return _as_own(out.transpose(1, 2), (qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)), lse
 
 
@@ -126,9 +131,11 @@ def _layer_norm_linear_takes_triton(x, weight, backend):
     return both and x.numel() > 0 and weight.numel() > 0  # PyTorch knows what to do with nothing
 
 
-def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend):
+def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend, *, may_pack=True):
     if not _layer_norm_linear_takes_triton(x, weight, backend):
-        return native.layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, save)
+        return native.layer_norm_linear_forward(
+            x, norm_weight, norm_bias, weight, bias, eps, activation, save, may_pack=may_pack
+        )
     rows = x.reshape(-1, x.shape[-1])
     y, z, mean, rstd = triton_layer_norm_linear_forward(
         rows, norm_weight, norm_bias, weight, bias, eps, activation, save
@@ -380,11 +387,16 @@ def needs_grad(*tensors):
     return False
 
 
-def _callable(op, implementation, setup, grad):
-    """`op` or what comes to the same, but for its first result only."""
+def _callable(op, implementation, setup, grad, *, in_training=None, in_inference=None):
+    """`op` or what comes to the same, but for its first result only.
+
+    `in_training` and `in_inference` are keyword arguments of `implementation` where there is a backward pass to come,
+    and where there is none.
+    """
+    in_training, in_inference = in_training or {}, in_inference or {}
 
     def forward(ctx, *args):
-        output = implementation(*args)
+        output = implementation(*args, **in_training)
         setup(ctx, args, output)
         return output[0]
 
@@ -394,24 +406,69 @@ def _callable(op, implementation, setup, grad):
     def call(*args, needs_grad):
         if _watched(args):
             return op(*args)[0]
-        return function.apply(*args) if needs_grad else implementation(*args)[0]
+        return function.apply(*args) if needs_grad else implementation(*args, **in_inference)[0]
 
     return call
 
 
-call_attention = _callable(attention, _attention, _attention_setup, _attention_grad)
-call_qkv_attention = _callable(qkv_attention, _qkv_attention, _qkv_attention_setup, _qkv_attention_grad)
+call_attention = _callable(attention, _attention, _attention_setup, _attention_grad, in_inference={"with_lse": False})
+call_qkv_attention = _callable(
+    qkv_attention, _qkv_attention, _qkv_attention_setup, _qkv_attention_grad, in_inference={"with_lse": False}
+)
 call_layer_norm_linear = _callable(
-    layer_norm_linear, _layer_norm_linear, _layer_norm_linear_setup, _layer_norm_linear_grad
+    layer_norm_linear,
+    _layer_norm_linear,
+    _layer_norm_linear_setup,
+    _layer_norm_linear_grad,
+    in_training={"may_pack": False},
 )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What modules may call past the public functions, whose checks take as long as a small product on a CPU
+
+
+def direct(x):
+    """Whether the functions below may be called on x: on a CPU, natively, with nothing to differentiate or to watch."""
+    return (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and x.dtype in DIRECT
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not _mode()
+        and not takes_triton(chosen_backend(), x)
+    )
+
+
+def direct_layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation):
+    """layer_norm_linear; None where its arguments need a check."""
+    dtype = x.dtype
+    if not (
+        weight.dtype == dtype and norm_weight.dtype == dtype and norm_bias.dtype == dtype
+        and weight.is_cpu and norm_weight.is_cpu and norm_bias.is_cpu
+        and (bias is None or (bias.dtype == dtype and bias.is_cpu and bias.shape == weight.shape[:1]))
+        and norm_weight.shape == norm_bias.shape == weight.shape[1:] == x.shape[-1:]
+    ):  # fmt: skip
+        return None
+    return native.layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation)
+
+
+def direct_qkv_attention(qkv, heads, scale):
+    """qkv_attention; None where its arguments need a check."""
+    width = qkv.shape[-1]
+    if qkv.dim() != 3 or width % (3 * heads) or not MIN_HEAD_DIM <= width // (3 * heads) <= MAX_HEAD_DIM:
+        return None
+    out = native.attention_forward(*_split(qkv, heads), scale, with_lse=False)[0]
+    return out.transpose(1, 2).view(qkv.shape[0], qkv.shape[1], width // 3)
+
+
 def linear(x, weight, bias):
-    """F.linear(x, weight, bias), by native.py's faster way where that gives the same."""
+    """F.linear(x, weight, bias), by packed.py's faster ways where nothing is to be differentiated."""
     tensors = x, weight, bias
-    if _watched(tensors) or (x.dtype.itemsize == 2 and needs_grad(*tensors)):
+    if _watched(tensors) or needs_grad(*tensors):
         return F.linear(*tensors)
-    return native.linear(*tensors)
+    return packed.linear(*tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import layer_norm_linear, qkv_attention
-from ..kernels.ops import linear
+from ..kernels.ops import direct, direct_layer_norm_linear, direct_qkv_attention, linear
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
@@ -32,10 +32,14 @@ class FusedAttention(Attention):
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         if not self._only_softmax():
             return self.plain.forward(self, x if norm is None else norm(x))
-        qkv = None if norm is None else merged(x, norm, self.to_qkv)
+        directly = direct(x)
+        qkv = None if norm is None else merged(x, norm, self.to_qkv, directly=directly)
         if qkv is None:
             qkv = self.to_qkv(x if norm is None else norm(x))
-        return apply(self.to_out, qkv_attention(qkv, self.heads, scale=self.scale))
+        out = direct_qkv_attention(qkv, self.heads, self.scale) if directly and direct(qkv) else None
+        if out is None:
+            out = qkv_attention(qkv, self.heads, scale=self.scale)
+        return apply(self.to_out, out)
 
     def _only_softmax(self):
         """Whether nothing but softmax stands between the scores and their product with v, and nobody looks at it."""
@@ -62,7 +66,7 @@ class FusedFeedForward(FeedForward):
         if untouched(self.net, nn.Sequential):
             first, gelu, *rest = self.net
             if untouched(gelu, nn.GELU):
-                hidden = merged(x, norm, first, ACTIVATIONS[gelu.approximate])
+                hidden = merged(x, norm, first, ACTIVATIONS[gelu.approximate], directly=direct(x))
         if hidden is None:
             return self.plain.forward(self, norm(x))
         for module in rest:
@@ -107,8 +111,11 @@ def idle(module):
     return untouched(module, nn.Dropout) and not (module.training and module.p)
 
 
-def merged(x, norm, fn, activation=None):
-    """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same."""
+def merged(x, norm, fn, activation=None, *, directly=False):
+    """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same.
+
+    `directly` says what `direct(x)` does.
+    """
     if not (untouched(norm, nn.LayerNorm) and untouched(fn, nn.Linear) and len(norm.normalized_shape) == 1):
         return None
     # read from the dicts in which nn.Module keeps them: by attribute each takes a microsecond
@@ -116,6 +123,10 @@ def merged(x, norm, fn, activation=None):
     weight, bias = fn._parameters.get("weight"), fn._parameters.get("bias")
     if not (type(norm_weight) in PLAIN_TENSORS and type(norm_bias) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS):
         return None
+    if directly:
+        y = direct_layer_norm_linear(x, norm_weight, norm_bias, weight, bias, norm.eps, activation)
+        if y is not None:
+            return y
     return layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=norm.eps, activation=activation)
 
 

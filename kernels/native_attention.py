@@ -1,0 +1,229 @@
+"""Attention on a CPU, and on any device that has no Triton: PyTorch's fused operator, or products of matrices.
+
+The fused operator makes no map of queries and keys, and is twice as slow in bf16 as products of matrices, which oneDNN
+computes; in fp32 oneDNN's products, which PyTorch gives as a convolution only, are faster too, up to some hundred
+tokens. They are made for so many images, or rows of one image, at a time that their maps stay in cache:
+
+    m = max s,   p = 2^(s - m),   out = (p v) / (Σ p),   lse = ln 2 (m + log2 Σ p),   where s = log2(e) scale q kᵀ
+"""
+
+import math
+
+import torch
+
+from .launch import accumulator
+from .packed import why_not_onednn
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# Where products are used: the number of keys, in bf16 and in fp32, in which the error grows with it, and of pairs
+LEAST_KEYS_BF16 = 48
+LEAST_KEYS, MOST_KEYS = 96, 640
+LEAST_PAIRS = 2**17
+SMALL_MAP = 2**19  # pairs of an image, below which few operators matter more than that each is fast
+PAIRS = 2**20  # in one map of the forward pass: 4 MB in fp32
+LEAST_ROWS = 64  # of queries in one map, so that products stay fast
+FAR = 32.0  # from 0: bf16 rounds such scores too much, and the fused operator keeps them in fp32
+
+# PyTorch's fused backward pass is slower in bf16 on a CPU than its products of matrices, which need two maps of all
+# pairs of queries and keys. They are used for as many images at a time as have this many pairs (64 MB a map).
+MOST_PAIRS = 2**25
+
+
+def attention_forward(q, k, v, scale, *, with_lse=True):
+    """q (B,H,Nq,D), k and v (B,H,Nk,D) -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq) in natural logarithms.
+
+    lse is None unless `with_lse`.
+    """
+    if q.device.type != "cpu":
+        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+        out, lse = torch.matmul(scores.softmax(-1), v), scores.to(accumulator(q.dtype)).logsumexp(-1)
+        return _heads_inside(out), lse.contiguous()
+    how = form(q, k)
+    if how == "flash":
+        out, lse = _flash(*_rows_contiguous(q, k, v), scale=scale)
+        return _heads_inside(out), lse.contiguous()
+    return _in_parts(FORMS[how], q, k, v, scale, with_lse)
+
+
+def form(q, k):
+    """How attention of q (B,H,Nq,D) and k (B,H,Nk,D) is computed on a CPU: "flash", or one of FORMS."""
+    (b, h, n, _), keys = q.shape, k.shape[2]
+    if q.dtype == torch.bfloat16 and keys >= LEAST_KEYS_BF16 and why_not_onednn(q.dtype) is None:
+        return "softmax" if h * n * keys <= SMALL_MAP else "products"
+    if q.dtype == torch.float32 and LEAST_KEYS <= keys <= MOST_KEYS and why_not_onednn(q.dtype) is None:
+        return "convolutions" if b * h * n * keys >= LEAST_PAIRS else "flash"
+    return "flash"
+
+
+def _in_parts(compute, q, k, v, scale, with_lse):
+    """attention_forward by compute(k's and v's of some images) -> function of some rows of their queries."""
+    b, h, n, d = q.shape
+    keys = k.shape[2]
+    out = q.new_empty(b, n, h, d).transpose(1, 2)
+    lse = q.new_empty(b, h, n, dtype=torch.float32) if with_lse else None
+    images = max(1, PAIRS // (h * n * keys))
+    rows = max(LEAST_ROWS, PAIRS // (h * keys))
+    factor = scale * math.log2(math.e)
+    for i in range(0, b, images):
+        some = slice(i, i + images)
+        of_rows = compute(k[some], v[some], factor)
+        for j in range(0, n, rows):
+            part = some, slice(None), slice(j, j + rows)
+            of_rows(q[part], out[part], lse[part] if with_lse else None)
+    return out, lse
+
+
+def _by_softmax(k, v, factor):
+    """k and v (b,H,Nk,D) -> function(q, out (b,H,n,D), lse (b,H,n) or None) that writes out and lse.
+
+    The map is (Nk,n), as PyTorch's softmax in bf16 is faster over the dim that is not the last.
+    """
+    b, h, keys, d = k.shape
+    flat_k, flat_v = k.reshape(b * h, keys, d), v.reshape(b * h, keys, d)
+    scale = factor * math.log(2)
+
+    def of_rows(q, out, lse):
+        n = q.shape[2]
+        p = torch.bmm(flat_k, (q * scale).reshape(b * h, n, d).transpose(1, 2))
+        least, most = p.aminmax()
+        far = p.float().abs_().amax(1).view(b, h, n) if max(most, -least) > FAR else None
+        if lse is not None:
+            lse.copy_(p.float().logsumexp(1).view(b, h, n))
+        torch.softmax(p, 1, out=p)
+        out.copy_(torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d))
+        if far is not None:
+            _replace_far(far, q, k, v, scale, out, lse)
+
+    return of_rows
+
+
+def _by_products(k, v, factor):
+    """The same, where softmax is computed in fp32."""
+    b, h, keys, d = k.shape
+    flat_k, flat_v = k.reshape(b * h, keys, d).transpose(1, 2), v.reshape(b * h, keys, d)
+
+    def of_rows(q, out, lse):
+        n = q.shape[2]
+        p = torch.bmm(q.reshape(b * h, n, d), flat_k)
+        minus_m, total = _powers(s := p.float(), factor)
+        p.copy_(s.div_(total))
+        out.copy_(torch.bmm(p, flat_v).view(b, h, n, d))
+        if lse is not None:
+            lse.copy_(_log_sum(minus_m, total).view(b, h, n))
+        far = minus_m.abs_().mul_(math.log(2))
+        if (far > FAR).any():
+            _replace_far(far.view(b, h, n), q, k, v, factor * math.log(2), out, lse)
+
+    return of_rows
+
+
+def _replace_far(far, q, k, v, scale, out, lse):
+    """Overwrite the rows of out (b,H,n,D), and of lse, whose scores are as far (b,H,n) from 0 as FAR, and finite."""
+    far = (far > FAR).logical_and_(far < torch.inf)
+    exact, exact_lse = _flash(*_rows_contiguous(q, k, v), scale=scale)
+    out.copy_(torch.where(far.unsqueeze(3), exact, out))
+    if lse is not None:
+        lse.copy_(torch.where(far, exact_lse, lse))
+
+
+def _by_convolutions(k, v, factor):
+    """The same. A convolution of width 1 with a group a head is the product of each head's tokens with a matrix."""
+    b, h, keys, d = k.shape
+    groups = b * h
+    k, v = k.reshape(groups * keys, d, 1, 1), v.transpose(2, 3).reshape(groups * d, keys, 1, 1)
+
+    def of_rows(q, out, lse):
+        n = q.shape[2]
+        x = q.permute(2, 0, 1, 3).reshape(n, groups * d)
+        s = _heads_product(x, k, groups).view(n, groups, keys)
+        minus_m, total = _powers(s, factor)
+        y = _heads_product(s.view(n, groups * keys), v, groups).view(n, b, h, d)
+        torch.div(y, total.view(n, b, h, 1), out=out.permute(2, 0, 1, 3))
+        if lse is not None:
+            lse.copy_(_log_sum(minus_m, total).view(n, b, h).permute(1, 2, 0))
+
+    return of_rows
+
+
+def _powers(s, factor):
+    """Overwrite s (...,Nk) with 2^(factor s - m), where m is the maximum of factor s -> -m and the sum (...,1)."""
+    minus_m = (s.amax(-1, keepdim=True) if factor >= 0 else s.amin(-1, keepdim=True)).mul_(-factor)
+    torch.add(minus_m, s, alpha=factor, out=s)
+    return minus_m, s.exp2_().sum(-1, keepdim=True)
+
+
+def _log_sum(minus_m, total):
+    return total.log2().sub_(minus_m).mul_(math.log(2))
+
+
+FORMS = {"softmax": _by_softmax, "products": _by_products, "convolutions": _by_convolutions}
+
+
+def _heads_product(x, weight, groups):
+    """x (n, groups*K), weight (groups*N,K,1,1) -> (n, groups*N)."""
+    x = x.view(1, x.shape[0], 1, x.shape[1]).permute(0, 3, 1, 2)
+    y = torch.ops.aten.mkldnn_convolution.default(x, weight, None, (0, 0), (1, 1), (1, 1), groups)
+    return y.permute(0, 2, 3, 1).reshape(x.shape[2], -1)
+
+
+def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
+    """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
+    images = images_by_products(q, q.shape[1] * q.shape[2] * k.shape[2])
+    if not images:
+        grads = _flash_backward(*_rows_contiguous(grad, q, k, v, out), lse, 0.0, False, scale=scale)
+        for d, g in zip((dq, dk, dv), grads, strict=True):
+            d.copy_(g)
+        return
+    tensors = zip(*(t.split(images) for t in (grad, q, k, v, dq, dk, dv)), strict=True)
+    for grad_, q_, k_, v_, *into in tensors:
+        copies = [t.clone(memory_format=torch.contiguous_format).flatten(0, 1) for t in (q_, k_, v_)]
+        _backward_by_products(grad_.reshape(-1, *grad.shape[2:]), *copies, scale)
+        for d, g in zip(into, copies, strict=True):
+            d.copy_(g.view(d.shape))
+
+
+def qkv_attention_backward(grad, qkv, heads, scale, images):
+    """grad (B,N,H*D), qkv (B,N,3*H*D) -> dqkv, by products, for so many images at a time."""
+    dqkv = qkv.new_empty(qkv.shape)
+    n, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    for grad_, qkv_, dqkv_ in zip(grad.split(images), qkv.split(images), dqkv.split(images), strict=True):
+        # (b,n,3*h*d) -> (3,b,h,n,d)
+        inside, dinside = (t.view(-1, n, 3, heads, d).permute(2, 0, 3, 1, 4) for t in (qkv_, dqkv_))
+        copy = inside.clone(memory_format=torch.contiguous_format)
+        grad_ = grad_.view(-1, n, heads, d).transpose(1, 2).reshape(-1, n, d)
+        _backward_by_products(grad_, *copy.flatten(1, 2).unbind(), scale)
+        dinside.copy_(copy)
+    return dqkv
+
+
+def images_by_products(q, pairs):
+    """Of how many images at a time, of so many pairs, products give the gradients; 0 if PyTorch's fused operator."""
+    if q.device.type != "cpu":
+        return q.shape[0]
+    return MOST_PAIRS // pairs if q.dtype == torch.bfloat16 else 0  # fp16 scores may overflow
+
+
+def _backward_by_products(grad, q, k, v, scale):
+    """Overwrite q, k and v with their gradients, (B*H,N,D) all of them, with two maps (B*H,Nq,Nk) in memory."""
+    q *= scale
+    p = torch.bmm(q, k.transpose(1, 2))
+    torch.softmax(p, -1, out=p)
+    ds = torch.bmm(grad, v.transpose(1, 2))
+    torch.bmm(p.transpose(1, 2), grad, out=v)
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+    dk = torch.bmm(ds.transpose(1, 2), q)
+    torch.bmm(ds, k, out=q).mul_(scale)
+    k.copy_(dk)
+
+
+def _rows_contiguous(*tensors):
+    """Copies of those whose last stride is not 1, which PyTorch's fused operator ignores, in its outputs too."""
+    return (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _heads_inside(out):
+    """(B,H,N,D) in any layout -> the same, laid out as (B,N,H,D)."""
+    inside = out.transpose(1, 2)
+    return out if inside.is_contiguous() else inside.contiguous().transpose(1, 2)

@@ -1,0 +1,256 @@
+"""Linear on a CPU: which product of matrices it takes, and copies of weights laid out as oneDNN reads them.
+
+PyTorch sends F.linear to MKL in fp32, and oneDNN, which is in the same PyTorch, may be twice as fast or slower,
+depending on the processor: `choice` measures it once in a process, per dtype and class of sizes. oneDNN is faster still
+on a weight in a layout of its own, and gives the same bits. That copy is made at a weight's second use without a change
+in between, so not in training, and lives as long as the weight. It is used only if the weight is what it was: the
+same memory, the same version, and the same bits, of which sums are kept, as PyTorch does not count changes through
+`.data`, NumPy, or another process.
+"""
+
+import os
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+LINEARS = ("auto", "pytorch", "onednn", "packed")
+VARIABLE = "VITRITON_CPU_LINEAR"
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
+MARGIN = 0.9  # oneDNN is passed over where PyTorch's own product takes less than this part of its time
+FEW_ROWS = 32  # with fewer, a product takes as long as reading the weight
+PACKED_ROWS = 384  # with fewer, checking a copy, which reads the weight, takes as long as the copy saves
+CLASSES = {True: (192, 256), False: (768, 1536)}  # K and N that stand for small weights, and for others
+SMALL = 2**19  # elements of a weight
+
+
+def _check_linear(name):
+    if name not in LINEARS:
+        raise ValueError(
+            f"the environment variable {VARIABLE} is {name!r}; allowed are {', '.join(map(repr, LINEARS))}"
+        )
+    return name
+
+
+forced = _check_linear(os.environ.get(VARIABLE, "auto"))
+
+
+def linear(x, weight, bias, activation=None, *, may_pack=True):
+    """activation(x weightᵀ + bias): x (...,K), weight (N,K), bias (N,) or None -> (...,N). Not differentiable.
+
+    `may_pack` False says that weight is about to change, so that a copy of it would be for nothing.
+    """
+    (n, k), shape = weight.shape, x.shape
+    rows = x.numel() // k
+    if x.device.type != "cpu" or not rows * n:
+        return _activate(F.linear(x, weight, bias), activation)
+    chosen = choice(x.dtype, rows, n, k)
+    if chosen.linear == "pytorch":
+        return _activate(_pytorch_linear(x, weight, bias), activation)
+    copy = packed(weight) if may_pack and rows >= PACKED_ROWS and chosen.linear == "packed" else None
+    if copy is None:
+        copy = _contiguous(weight)
+    x = _contiguous(x)  # oneDNN has slow ways for other layouts
+    if x.dim() == 1:
+        x = x.view(1, k)
+    if bias is not None:
+        bias = _contiguous(bias)
+    if activation == "gelu" and chosen.fuses_gelu:
+        y = torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "gelu", [], "none")
+    else:
+        y = _activate(torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], ""), activation)
+    return y if len(shape) > 1 else y.view(n)
+
+
+def _contiguous(t):
+    return t if t.is_contiguous() else t.contiguous()
+
+
+def _pytorch_linear(x, weight, bias):
+    """F.linear(x, weight, bias) without its copy of the bias where that costs, in fp32 and fp64."""
+    if bias is None or x.dtype.itemsize == 2:
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight).add_(bias)
+
+
+def _activate(z, activation):
+    return z if activation is None else torch.ops.aten.gelu_.default(z, approximate=GELU[activation])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies
+
+
+class _Known:
+    """A weight that was used: a weak reference to it, what it was, and its copy with sums of its bits, if there is one.
+
+    `bits` are those of the weight, in rows that overlap and that are longer than the weight's: each of `sums` is over
+    one of them, so that rows or columns that change places change some.
+    """
+
+    __slots__ = ("bits", "copy", "ref", "state", "sums")
+
+    def __init__(self, weight, state):
+        key = id(weight)
+        self.ref = weakref.ref(weight, lambda ref: _forget_dead(key, ref))
+        self.state, self.bits, self.sums, self.copy = state, None, None, None
+
+
+_known = {}  # id of a weight -> _Known: weak, and in no state_dict, pickle or deep copy
+_making = threading.Lock()
+
+
+def packed(weight):
+    """The copy of weight (N,K) in oneDNN's layout; None if it was not used before in its present state, or cannot be
+    copied."""
+    known = _known.get(id(weight))
+    state = _state(weight)
+    if known is None or known.ref() is not weight or known.state != state:
+        _known[id(weight)] = _Known(weight, state)
+        return None
+    if known.copy is None:
+        return _make(known, weight)
+    if not torch.equal(known.bits.sum(1), known.sums):
+        _known[id(weight)] = _Known(weight, state)
+        return None
+    return known.copy
+
+
+def _state(weight):
+    version = None if weight.is_inference() else weight._version
+    return version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+
+
+def _make(known, weight):
+    with _making:  # so that threads that share a model do not make several
+        if known.copy is None and _copyable(weight):
+            bits = _bits(weight)
+            # the sums before the copy: what changes in between is then found at the next use
+            known.sums, known.bits = bits.sum(1), bits
+            known.copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return known.copy
+
+
+def _copyable(weight):
+    words = 8 // weight.element_size()
+    return weight.is_contiguous() and weight.shape[1] % words == 0 and weight.storage_offset() % words == 0
+
+
+def _bits(weight):
+    """The memory of weight (N,K) as int64, as (rows, longer than K's) that overlap so that nothing is left out."""
+    words = weight.detach().view(torch.int64)
+    total, step = words.numel(), words.shape[1] + 1
+    rows = max(1, (total - step) // step + 1)
+    return words.as_strided((rows, total - step * (rows - 1)), (step, 1))
+
+
+def _forget_dead(key, ref):
+    known = _known.get(key)
+    if known is not None and known.ref is ref:
+        del _known[key]
+
+
+def forget(*weights):
+    """Give the copies of these weights back; of all, if none are named."""
+    if not weights:
+        _known.clear()
+    for weight in weights:
+        _known.pop(id(weight), None)
+
+
+def packed_bytes():
+    """How many copies there are, and how many bytes they take."""
+    copies = [known.copy for known in list(_known.values()) if known.copy is not None]
+    return len(copies), sum(copy.numel() * copy.element_size() for copy in copies)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How Linear is computed for a dtype and a class of sizes, whether oneDNN's own GELU gives PyTorch's bits, why."""
+
+    linear: str
+    fuses_gelu: bool
+    why: str
+
+
+def choice(dtype, rows, n, k):
+    """The Choice for a product (rows,K) times (N,K)ᵀ: forced, or measured at its first use in a process."""
+    return _choice(dtype, rows < FEW_ROWS, n * k <= SMALL, torch.get_num_threads(), forced)
+
+
+@cache
+def _choice(dtype, few_rows, small, threads, forced):
+    if forced == "pytorch":
+        return Choice("pytorch", False, f"{VARIABLE} is 'pytorch'")
+    why_not = why_not_onednn(dtype)
+    if why_not is not None:
+        if forced != "auto":
+            raise RuntimeError(f"{VARIABLE} is {forced!r}, which cannot run: {why_not}")
+        return Choice("pytorch", False, why_not)
+    k, n = CLASSES[small]
+    x, weight = _sample(16 if few_rows else 192, k).to(dtype), _sample(n, k).to(dtype)
+    copy = torch.ops.mkldnn._reorder_linear_weight(weight)
+    onednn = torch.ops.mkldnn._linear_pointwise.default
+    z = onednn(x, weight, None, "none", [], "")
+    # in half precision oneDNN's own GELU skips a rounding that the backward pass has
+    fuses_gelu = dtype == torch.float32 and not few_rows
+    fuses_gelu = fuses_gelu and torch.equal(onednn(x, copy, None, "gelu", [], "none"), F.gelu(z))
+    if few_rows:
+        best, reason = "onednn", "oneDNN is as fast or faster"
+    elif torch.equal(onednn(x, copy, None, "none", [], ""), z):
+        best, reason = "packed", "oneDNN is as fast or faster, most of all on weights in its own layout"
+    else:
+        best, reason = "onednn", "oneDNN is as fast or faster, but gives other bits on weights in its own layout"
+    if forced != "auto":
+        linear = "onednn" if few_rows else forced
+        return Choice(linear, fuses_gelu, f"{VARIABLE} is {forced!r}")
+    seconds = _fastest(
+        pytorch=lambda: F.linear(x, weight),
+        onednn=lambda: onednn(x, weight, None, "none", [], ""),
+        packed=lambda: onednn(x, copy, None, "none", [], ""),
+    )
+    if seconds["pytorch"] < MARGIN * seconds[best]:
+        best, reason = "pytorch", "PyTorch's own product is faster here"
+    times = ", ".join(f"{name} {1e6 * s:.0f} us" for name, s in seconds.items())
+    return Choice(best, fuses_gelu and best != "pytorch", f"{reason} ({len(x)} x {k} x {n}: {times})")
+
+
+def _sample(m, k):
+    """Values (m,k) in fp32 from -1 to 1, not from the generator, whose state is the user's."""
+    return torch.arange(m * k, dtype=torch.float32).remainder_(1009).sub_(504).div_(504).view(m, k)
+
+
+def _fastest(*, turns=5, **calls):
+    """The shortest time of each call, in seconds, of some that were made in turns."""
+    seconds = dict.fromkeys(calls, float("inf"))
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+@cache
+def why_not_onednn(dtype):
+    """Why oneDNN's Linear cannot take a dtype here, in words; None if it can."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this PyTorch has no oneDNN, or not its Linear"
+    if dtype == torch.float32:
+        return None
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if supported is None:
+        return f"oneDNN's Linear does not take {dtype}"
+    if not getattr(torch.ops.mkldnn, supported)():
+        return f"oneDNN does not take {dtype} on this processor"
+    return None
