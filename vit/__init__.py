@@ -2,11 +2,13 @@
 
 from .fuse import Block, FuseReport, fuse, unfuse
 from .modules import FusedAttention, FusedFeedForward, FusedPreNorm
+from .record import AttentionMaps, attention_layers, record_attention
 from .reference import PRESETS, Attention, FeedForward, PreNorm, Preset, Transformer, ViT, pair, vit_preset
 
 __all__ = [
     "PRESETS",
     "Attention",
+    "AttentionMaps",
     "Block",
     "FeedForward",
     "FuseReport",
@@ -17,8 +19,10 @@ __all__ = [
     "Preset",
     "Transformer",
     "ViT",
+    "attention_layers",
     "fuse",
     "pair",
+    "record_attention",
     "unfuse",
     "vit_preset",
 ]

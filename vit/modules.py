@@ -6,12 +6,15 @@ quantised, parametrised), the modules are called one by one as in the plain bloc
 A hook on every module (torch.nn.modules.module.register_module_forward_hook, torch's FlopCounterMode) counts as such.
 """
 
+from contextlib import nullcontext
+
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import layer_norm_linear, qkv_attention
 from ..kernels.ops import linear
+from . import record
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
@@ -31,10 +34,13 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         if not self._only_softmax():
-            return self.plain.forward(self, x if norm is None else norm(x))
+            with record.watched(self) if record.active else nullcontext():
+                return self.plain.forward(self, x if norm is None else norm(x))
         qkv = None if norm is None else merged(x, norm, self.to_qkv)
         if qkv is None:
             qkv = self.to_qkv(x if norm is None else norm(x))
+        if record.active:
+            record.observe_qkv(self, qkv, self.heads, self.scale)
         return apply(self.to_out, qkv_attention(qkv, self.heads, scale=self.scale))
 
     def _only_softmax(self):
