@@ -6,8 +6,6 @@ quantised, parametrised), the modules are called one by one as in the plain bloc
 A hook on every module (torch.nn.modules.module.register_module_forward_hook, torch's FlopCounterMode) counts as such.
 """
 
-from contextlib import nullcontext
-
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
@@ -34,8 +32,7 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         if not self._only_softmax():
-            with record.watched(self) if record.active else nullcontext():
-                return self.plain.forward(self, x if norm is None else norm(x))
+            return self.plain.forward(self, x if norm is None else norm(x))
         qkv = None if norm is None else merged(x, norm, self.to_qkv)
         if qkv is None:
             qkv = self.to_qkv(x if norm is None else norm(x))

@@ -1,42 +1,45 @@
 """record_attention(model): the attention maps of a model, fused or plain, while it runs.
 
 A map is softmax(scale q kᵀ), before any dropout, one row a query. A fused block makes none: while somebody records, it
-hands its q and k to `observe`, which computes the rows asked for and nothing else, in fp32 (fp64 from fp64). In a plain
-block of any library, the softmax or scaled_dot_product_attention that it calls is watched.
+hands its q and k to `observe`, which computes the rows asked for and no others, in fp32 (fp64 from fp64). Of a plain
+block, watch.py keeps what its own softmax gives, or computes the same from what scaled_dot_product_attention takes.
 
-What a fused attention owes this file, in its forward, right before its fused call:
+What a fused attention owes this file is one thing in its forward, right before its fused call:
 
     if record.active:
         record.observe(self, q, k, scale)
 
-and, where it steps aside for its plain forward: `record.watched(self)` around it, if `record.active`.
+and that it steps aside, where it must, by `self.plain.forward(self, ...)`, which is then watched.
 """
 
+import sys
 import threading
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-__all__ = ["AttentionMaps", "attention_layers", "observe", "record_attention", "watched"]
+from .tokens import tokens_of
+from .watch import Watch, watch_calls
 
-active = False  # whether anybody records, in any thread: a bool, so that a compiled model is compiled at most twice
+__all__ = ["AttentionMaps", "attention_layers", "attention_map", "observe", "record_attention"]
+
+active = False  # whether anybody records, in any thread; a bool, so that a compiled model has at most two forms
 _recordings = []
 _lock = threading.Lock()
 
 
 def record_attention(model, *, layers=None, heads=None, rows=None, keep="last", detach=True, reduce=None):
-    """A context in which the attention of `model` is recorded; gives the AttentionMaps.
+    """A context in which the attention of `model` is recorded; it gives the AttentionMaps.
 
     layers  None for all, or one or a list of: index into attention_layers(model), name, shell pattern of names
     heads   None for all, or an index, a list of indices, a slice
     rows    None for all, or "cls", an index, a list of indices, a slice: of queries; only these rows are computed
-    keep    "last": of each layer the map of its latest call; "all": of every call, in order
+    keep    "last": of each layer the map of its latest call; "all": those of every call, in order
     detach  False keeps the graph, to differentiate through the maps
-    reduce  applied to each map (b, heads, rows, n) before it is kept, such as `lambda map: map.mean(1)`
+    reduce  applied to each map (b, heads, rows, n) before it is kept: `lambda map: map.mean(1)`, `torch.Tensor.cpu`
 
+    The model's outputs stay what they are. Recordings may be nested, each by a call of its own.
     Raises TypeError and ValueError for what cannot be, a model in which there is nothing to record among it.
     """
     return AttentionMaps(model, layers, heads, rows, keep, detach, reduce)
@@ -46,21 +49,15 @@ def observe(module, q, k, scale, mask=None):
     """Record softmax(scale q kᵀ + mask) of `module`, if somebody in this thread wants it.
 
     q (b, h, n, d) and k (b, h, m, d), any strides; mask broadcasts to (b, h, n, m): what is added to the scores, or
-    bools, False where a query must not look.
+    bools, False where a query must not look. RuntimeError in torch.export, which would bake the recording in.
     """
-    for recording in _listening(module):
-        recording._keep(module, q, k, scale, mask)
+    _observe(module, q, k, scale, mask)
 
 
 def observe_qkv(module, qkv, heads, scale):
     """`observe` for a packed projection (b, n, 3 * heads * d), as `chunk(3, -1)` splits it."""
     q, k, _ = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     observe(module, q, k, scale)
-
-
-def watched(module):
-    """A context for the plain forward of `module`, one that is fused: the softmax that it calls is recorded."""
-    return _Watch(module, _listening(module))
 
 
 def attention_map(q, k, scale, mask=None, *, heads=slice(None), rows=slice(None)):
@@ -75,11 +72,29 @@ def attention_map(q, k, scale, mask=None, *, heads=slice(None), rows=slice(None)
         scores = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))
     if mask is None:
         return scores.softmax(dim=-1)
-    mask = mask.expand(*(1,) * (4 - mask.ndim), *mask.shape)
+    mask = mask[(None,) * (4 - mask.ndim)]
     mask = mask if mask.shape[1] == 1 else mask[:, heads]
     mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1).masked_fill(scores.isneginf().all(dim=-1, keepdim=True), 0)
+
+
+def attention_layers(model):
+    """The names of the attention modules of `model`, in its order: those that record_attention's `layers` counts.
+
+    They are the innermost modules that have "attention" in the name of their class, whatever library they are from.
+    Raises TypeError if `model` is no nn.Module, ValueError if it has none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    named = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
+    inner = [name for name in named if not any(other != name and _below(other, name) for other in named)]
+    if not inner:
+        raise ValueError(
+            f"nothing can be recorded in {type(model).__name__}: no module in it has a class with 'Attention' in its "
+            "name, such as Attention or MultiheadAttention; pass the Vision Transformer itself"
+        )
+    return inner
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,49 +102,71 @@ def attention_map(q, k, scale, mask=None, *, heads=slice(None), rows=slice(None)
 
 
 class AttentionMaps:
-    """What record_attention gives: maps by layer, as `maps[-1]`, `maps["blocks.3.attn"]`, in the order of the model.
+    """What record_attention gives: maps by layer, `maps[-1]` or `maps["blocks.3.attn"]`; `layers` are the names.
 
-    Each is (b, heads, rows, n) in fp32. Maps stay when the context ends. Only calls in the thread that opened it count,
-    and none that a backward pass makes again (gradient checkpointing).
+    Each is (b, heads, rows, n), fp32 or fp64. An index counts all layers of the model, recorded or not. Maps stay when
+    the context ends. What counts are calls in the thread that opened it, but not those that a backward pass repeats
+    (gradient checkpointing).
     """
 
     def __init__(self, model, layers=None, heads=None, rows=None, keep="last", detach=True, reduce=None):
-        found = attention_layers(model)
+        self._found = attention_layers(model)
         if keep not in ("last", "all"):
             raise ValueError(f"keep is {keep!r}: it must be 'last' (the latest call of a layer) or 'all'")
-        self.layers = _chosen(layers, found, model)
+        self.layers = _chosen(layers, self._found)
         self._heads = _index(heads, "heads")
-        self._rows = [_cls_row(model, self.layers)] if rows == "cls" else _index(rows, "rows")
+        self._rows = [_cls_row(model)] if rows == "cls" else _index(rows, "rows")
         self._keep_all, self._detach, self._reduce = keep == "all", detach, reduce
-        self._found, self._maps, self._failed = found, {name: [] for name in self.layers}, {}
-        self._modules = _by_module(model, found, self.layers)
-        self._hooks, self._thread = [], None
+        self._modules = _by_module(model, self._found, self.layers)
+        self._attentions = [model.get_submodule(name) for name in self.layers]
+        self._maps, self._failed = {name: [] for name in self.layers}, {}
+        self._thread, self._hooks, self.watches = None, [], []
 
     def __enter__(self):
+        global active, _observe
         if self._thread is not None:
-            raise RuntimeError("this recording is open already: call record_attention again for another")
+            raise RuntimeError("a recording is opened once: call record_attention again for another")
+        if _observe is _keep_in_all and "torch._dynamo" in sys.modules:
+            why = "attention is recorded in eager calls; with fullgraph=True, record through the model not compiled"
+            _observe = torch.compiler.disable(_keep_in_all, reason=why)
         self._thread = threading.get_ident()
-        for module in self._modules:
-            if not is_fused(module):
-                self._hooks += _watch_plain(module, self)
-        _change(_recordings.append, self)
+        with _lock:
+            _recordings.append(self)
+            active = True
+        for module in self._attentions:
+            if _is_fused(module):
+                vars(module)["plain"] = _StepsAside()
+            else:
+                self._hooks += watch_calls(module, self)
         return self
 
     def __exit__(self, *_):
-        _change(_recordings.remove, self)
-        self._thread = None
-        while self._hooks:
-            self._hooks.pop().remove()
+        global active
+        for hook in self._hooks:
+            hook.remove()
+        with _lock:
+            _recordings.remove(self)
+            active = bool(_recordings)
+            for module in self._attentions:
+                if not any(module in other._modules for other in _recordings):
+                    vars(module).pop("plain", None)
+        self._modules, self._attentions = {}, []  # maps may outlive the model
 
     def all(self, layer):
-        """The maps of every call of a layer, a list, oldest first; of the latest alone, with keep="last"."""
-        name = self._name(layer)
+        """The maps of every call of a layer, a list, oldest first; of the latest alone, unless keep="all"."""
+        names = _chosen(layer, self._found)
+        if len(names) > 1:
+            raise KeyError(f"{layer!r} means several layers: {', '.join(names)}; choose one")
+        (name,) = names
+        if name not in self._maps:
+            raise KeyError(f"{name} is not recorded here; recorded are {', '.join(self.layers)}")
         if name in self._failed:
-            raise RuntimeError(f"no map of {name}: {self._failed[name]}")
+            raise RuntimeError(f"there is no map of {name}: {self._failed[name]}")
         if not self._maps[name]:
             raise RuntimeError(
-                f"no map of {name}: it was not called in this context and thread. Call the model inside the `with`; "
-                "if it is compiled or exported, call the one that it was made from: recording is for eager calls"
+                f"there is no map of {name}: it was not called in this context and thread. Call the model inside the "
+                "`with`; if it is compiled or exported, call the model that it was made from: only eager calls are "
+                "recorded"
             )
         return self._maps[name]
 
@@ -142,102 +179,96 @@ class AttentionMaps:
     def __len__(self):
         return len(self.layers)
 
-    def keys(self):
-        return self.layers
-
     def items(self):
         """(name, map) of each layer."""
         return [(name, self[name]) for name in self.layers]
 
     def stack(self):
         """The maps of all layers in one tensor (b, layers, heads, rows, n). Raises ValueError where shapes differ."""
-        maps = [self[name] for name in self.layers]
+        maps = [map for _, map in self.items()]
         if len({map.shape for map in maps}) > 1:
             shapes = ", ".join(f"{name} {tuple(map.shape)}" for name, map in self.items())
-            raise ValueError(f"the maps have different shapes, so they cannot be stacked: {shapes}; choose layers")
+            raise ValueError(f"the maps differ in shape, so they cannot be stacked: {shapes}; choose layers")
         return torch.stack(maps, dim=1)
 
-    def _name(self, layer):
-        (name, *others) = _chosen(layer, self._found, None)
-        if others:
-            raise KeyError(f"{layer!r} are several layers: {', '.join((name, *others))}; choose one")
-        if name not in self._maps:
-            raise KeyError(f"{name} is not recorded here; recorded are {', '.join(self.layers)}")
-        return name
+    # for watch.py and for observe
 
-    def _keep(self, module, q, k, scale, mask=None):
-        """Compute and keep the map of `module` from its q and k."""
-        if self._detach:
-            q, k = q.detach(), k.detach()
+    def hears(self):
+        """Whether a call now counts: in this thread, and by no backward pass, which repeats checkpointed blocks."""
+        return self._thread == threading.get_ident() and torch._C._current_graph_task_id() == -1
+
+    def keep(self, module, q, k, scale, mask=None):
+        """Compute the map of `module` from its q and k, and keep it."""
+        self._check(self._modules[module], q.shape[1], q.shape[2])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._detach):
-            self._check(self._modules[module], q.shape[1], q.shape[2])
             self._add(module, attention_map(q, k, scale, mask, heads=self._heads, rows=self._rows))
 
-    def _keep_map(self, module, map):
-        """Keep what a plain block made: a map (b, h, n, m) of all heads and rows."""
+    def keep_map(self, module, map):
+        """Keep of a map (b, h, n, m) of all heads and rows, as a plain block made it, what is wanted."""
         self._check(self._modules[module], map.shape[1], map.shape[2])
         map = (map.detach() if self._detach else map)[:, self._heads][:, :, self._rows]
-        # a copy, as the block may go on to write into its map, and a part must not keep the whole alive
-        map = map.to(torch.promote_types(map.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
-        self._add(module, map)
+        # copied, as the block may write into its map, and as a few rows must not keep the whole alive
+        self._add(module, map.to(torch.promote_types(map.dtype, torch.float32), copy=True))
+
+    def fail(self, module, why):
+        """There is no map of `module`, and this is why."""
+        self._failed[self._modules[module]] = why
 
     def _add(self, module, map):
-        name = self._modules[module]
+        maps = self._maps[self._modules[module]]
         if self._reduce is not None:
             map = self._reduce(map)
         if not self._keep_all:
-            self._maps[name].clear()
-        self._maps[name].append(map)
-
-    def _fail(self, module, why):
-        self._failed[self._modules[module]] = why
+            maps.clear()
+        maps.append(map)
 
     def _check(self, name, heads, rows):
         for what, index, size in (("heads", self._heads, heads), ("rows", self._rows, rows)):
             if isinstance(index, list) and not all(-size <= i < size for i in index):
-                raise IndexError(f"{what} are {index}: {name} has {size} {what}, so an index is in [{-size}, {size})")
+                raise IndexError(f"{what} are {index}, and {name} has {size} {what}: 0 to {size - 1}, or from the end")
 
 
-def _change(change, recording):
-    global active
-    with _lock:
-        change(recording)
-        active = bool(_recordings)
+def _keep_in_all(module, q, k, scale, mask=None):
+    if torch.compiler.is_exporting():
+        raise RuntimeError("attention is recorded in eager calls: end the recording before you export the model")
+    for recording in _listening(module):
+        for watch in recording.watches:
+            if recording._modules.get(watch.module) == recording._modules[module]:
+                watch.silent = True
+        recording.keep(module, q, k, scale, mask)
+
+
+_observe = _keep_in_all
 
 
 def _listening(module):
-    """The recordings of this thread that want `module`."""
-    if torch._C._current_graph_task_id() != -1:  # in a backward pass: a checkpointed block runs again
-        return []
-    thread = threading.get_ident()
     with _lock:
-        return [r for r in _recordings if r._thread == thread and module in r._modules]
+        return [recording for recording in _recordings if module in recording._modules and recording.hears()]
+
+
+class _StepsAside:
+    """Stands as `plain` in a fused module while somebody records: the plain forward, watched."""
+
+    @staticmethod
+    def forward(module, x, *args, **kwargs):
+        watches = [Watch(module, recording, x) for recording in _listening(module)]
+        for watch in watches:
+            watch.__enter__()
+        failed = True
+        try:
+            out = type(module).plain.forward(module, x, *args, **kwargs)
+            failed = False
+        finally:
+            for watch in reversed(watches):
+                watch.close(failed)
+        return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which layers, heads, rows
 
 
-def attention_layers(model):
-    """The names of the attention modules of `model`, in its order: those that record_attention's `layers` counts.
-
-    They are the innermost modules whose class is a MultiheadAttention or has "attention" in its name, whatever library
-    they are from. Raises TypeError if `model` is no nn.Module, ValueError if it has none.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    named = {name: module for name, module in model.named_modules() if "attention" in type(module).__name__.lower()}
-    inner = [name for name in named if not any(other != name and _below(other, name) for other in named)]
-    if not inner:
-        raise ValueError(
-            f"nothing can be recorded in {type(model).__name__}: it has no module whose class is a MultiheadAttention "
-            "or has 'attention' in its name; pass the Vision Transformer itself"
-        )
-    return inner
-
-
-def is_fused(module):
-    """Whether `module` is a fused block, which hands its q and k over by itself."""
+def _is_fused(module):
     return any("plain" in vars(cls) for cls in type(module).__mro__)
 
 
@@ -252,31 +283,29 @@ def _by_module(model, found, chosen):
         inside = [layer for layer in found if _below(layer, name)]
         if len(inside) == 1 and inside[0] in chosen:
             modules[module] = inside[0]
-        elif name in chosen:
-            modules[module] = name
     return modules
 
 
-def _chosen(layers, found, model):
+def _chosen(layers, found):
     """The names among `found` that `layers` means, in the order of `found`."""
     if layers is None:
         return list(found)
     if isinstance(layers, slice):
-        return found[layers]
+        layers = found[layers]
     chosen = set()
     for layer in layers if isinstance(layers, (list, tuple, range)) else [layers]:
         if isinstance(layer, str):
-            names = [name for name in found if name == layer or fnmatchcase(name, layer)]
-        elif isinstance(layer, int) and -len(found) <= layer < len(found):
-            names = [found[layer]]
+            names = [name for name in found if name == layer] or [name for name in found if fnmatchcase(name, layer)]
         else:
-            names = []
+            names = [found[layer]] if type(layer) is int and -len(found) <= layer < len(found) else []
         if not names:
             raise ValueError(
-                f"there is no layer {layer!r}: the model has {len(found)} attention layers, to be chosen by index, "
-                f"name or shell pattern: {', '.join(found)}"
+                f"there is no layer {layer!r}: the model has {len(found)} attention layers, to choose by index, name "
+                f"or shell pattern: {', '.join(found)}"
             )
         chosen.update(names)
+    if not chosen:
+        raise ValueError("layers is empty: choose at least one, or None for all")
     return [name for name in found if name in chosen]
 
 
@@ -286,83 +315,18 @@ def _index(index, what):
         return slice(None)
     if isinstance(index, slice):
         return index
-    index = [index] if isinstance(index, int) else index
+    index = [index] if type(index) is int else index
     if isinstance(index, (list, tuple, range)) and index and all(type(i) is int for i in index):
         return list(index)
     allowed = "None, an index, a list of indices or a slice" + (", or 'cls'" if what == "rows" else "")
     raise ValueError(f"{what} is {index!r}: it must be {allowed}")
 
 
-def _cls_row(model, layers):
-    names = ("cls_token", "class_token", "class_embedding")
-    for module in model.modules():
-        for name in names:
-            token = getattr(module, name, None)
-            if isinstance(token, Tensor) and token.numel():
-                return 0
-    raise ValueError(
-        f"rows='cls', and {type(model).__name__} has no CLS token (looked for {', '.join(names)}): give rows=None or "
-        "the indices of the queries to record"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plain blocks
-
-SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
-
-
-class _Watch(TorchFunctionMode):
-    """While it is on, the softmax or scaled_dot_product_attention that is called is the map of `module`."""
-
-    def __init__(self, module, recordings):
-        super().__init__()
-        self.module, self.recordings, self.seen = module, recordings, 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func in SOFTMAX and out.ndim == 4:
-            self.seen += 1
-            for recording in self.recordings:
-                recording._keep_map(self.module, out)
-        elif func is F.scaled_dot_product_attention:
-            self.seen += 1
-            for recording in self.recordings:
-                recording._keep(self.module, *_as_observed(*args, **kwargs))
-        return out
-
-    def __exit__(self, kind, *rest):
-        if kind is None and self.seen != 1:
-            why = "calls neither softmax nor scaled_dot_product_attention on (batch, heads, tokens, dim)"
-            why = why if not self.seen else f"makes {self.seen} maps in one call"
-            for recording in self.recordings:
-                recording._fail(self.module, f"{type(self.module).__name__} {why}")
-        return super().__exit__(kind, *rest)
-
-
-def _as_observed(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """q, k, scale and mask, from the arguments of scaled_dot_product_attention."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    return query, key, query.shape[-1] ** -0.5 if scale is None else scale, attn_mask
-
-
-def _watch_plain(module, recording):
-    """Hooks on a plain attention module, by which its calls are watched."""
-    if "attention" not in type(module).__name__.lower():
-        return []
-    open_watches = []
-
-    def before(module, args):
-        if _listening(module):
-            open_watches.append(_Watch(module, [recording]))
-            open_watches[-1].__enter__()
-
-    def after(module, args, out):
-        if open_watches:
-            open_watches.pop().__exit__(None, None, None)
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+def _cls_row(model):
+    cls = tokens_of(model).cls
+    if cls is None:
+        raise ValueError(
+            f"rows is 'cls', and {type(model).__name__} has no CLS token: give rows=None, or the indices of the "
+            "queries to record"
+        )
+    return cls
