@@ -134,15 +134,16 @@ def explanation(args, depth, has_cls):
     """A title, and what the maps are."""
     if args.method == "cls":
         return "Where the CLS token looks", (
-            "Each map shows how the attention of the CLS token, which gathers what the model will answer, is spread over "
-            f"the image, in one layer (0 is the first, {depth - 1} the last) and one head, or on average over all heads."
+            "Each map shows how the attention of the CLS token, which gathers what the model will answer, is spread "
+            f"over the image, in one layer (0 is the first, {depth - 1} the last) and one head, or on average over heads."
         )
     what = "CLS token, which gathers what the model will answer," if has_cls else "mean of all patches"
     heads = {"mean": "averaged", "max": "fused by their maximum", "min": "fused by their minimum"}[args.head_fusion]
     left_out = f", without the smallest {args.discard_ratio:.0%} of their weights" if args.discard_ratio else ""
     return f"What the {'CLS token' if has_cls else 'mean of all patches'} is made of", (
         f"Attention rollout: how much of the {what} comes from each place of the image after so many layers, if each "
-        f"layer leaves half of a token as it was, and makes the other half of what it attends to; heads {heads}{left_out}."
+        "layer leaves half of a token as it was, and makes the other half of what it attends to; heads "
+        f"{heads}{left_out}."
     )
 
 

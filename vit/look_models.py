@@ -94,8 +94,8 @@ def _timm(name, args, console):
             raise Problem(f"cannot load --checkpoint {args.checkpoint} into timm:{name}: {why}") from error
         if pretrained:
             raise Problem(
-                f"cannot get the pretrained weights of timm:{name}: {why} Without a network, give weights that you have "
-                "as --checkpoint FILE, or --random-weights to see the maps of an untrained model"
+                f"cannot get the pretrained weights of timm:{name}: {why} Without a network, give weights that you "
+                "have as --checkpoint FILE, or --random-weights to see the maps of an untrained model"
             ) from error
         raise Problem(f"timm cannot make {name}{f' with --size {args.size}' if args.size else ''}: {why}") from error
     data = timm.data.resolve_model_data_config(net)

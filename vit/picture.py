@@ -82,9 +82,8 @@ def draw_panels(path, photo, panels, *, title, text="", columns=None):
     wide = min(2.4, 14 / columns)
     tall, gap, label, margin, foot = wide * height / width, 0.12, 0.45, 0.2, 0.62
     page = max(columns * (wide + gap) - gap, 6) + 2 * margin
-    lines = [
-        line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, int(15 * (page - 2 * margin)))
-    ]
+    letters = int(15 * (page - 2 * margin))
+    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, letters)]
     head = 0.52 + 0.165 * len(lines)
     page = page, head + bands * (tall + label) + foot
     figure = Figure(figsize=page, dpi=150, facecolor="white")
@@ -99,7 +98,7 @@ def draw_panels(path, photo, panels, *, title, text="", columns=None):
         axes = figure.add_axes(box(left, top, wide, tall), xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_visible(False)
-        small = min(1, wide / 2.1)
+        small = min(1, wide / 2.4)
         for above, words, size, style in ((0.21, name, 9.5, {"weight": "bold"}), (0.05, remark, 7.5, {"color": GREY})):
             axes.text(0, 1 + above / tall, words, fontsize=size * small, va="bottom", transform=axes.transAxes, **style)
         return axes
@@ -115,7 +114,7 @@ def draw_panels(path, photo, panels, *, title, text="", columns=None):
         axes, map = panel(place, name, remark), (map / map.mean()).cpu().numpy()
         axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if few else "antialiased")
         scale = Normalize(1, max(2, map.max()))
-        axes.imshow(map, cmap=heat, norm=scale, extent=extent, interpolation="nearest" if few else "bicubic")
+        axes.imshow(map, cmap=heat, norm=scale, extent=extent, interpolation="nearest" if few else "catrom")
 
     left = margin / page[0]
     figure.text(left, 1 - 0.16 / page[1], title, fontsize=13, weight="bold", va="top")
