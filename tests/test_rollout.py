@@ -74,6 +74,7 @@ def test_a_row_that_is_discarded_stays_itself():
         (lambda: rollout([]), "there are no maps"),
         (lambda: rollout([FIRST[0]]), r"the map of layer 0 has shape \(2, 2\)"),
         (lambda: rollout([FIRST, FIRST[:, :1]]), r"layer 1 has shape \(1, 1, 2\): a rollout needs"),
+        (lambda: rollout([FIRST, torch.eye(3).expand(1, 3, 3)]), r"layer 1 has shape \(1, 3, 3\), .* the same tokens"),
         (lambda: rollout([FIRST.unsqueeze(1)], head_fusion="sum"), "head_fusion is 'sum': it must be one of 'mean'"),
         (lambda: rollout([FIRST], discard_ratio=1), "discard_ratio is 1: it must be at least 0 and less than 1"),
     ],

@@ -212,7 +212,7 @@ examples:
   vitriton look sample:7 --model demo                                                 nor here
   vitriton look photo.jpg --model b --checkpoint mine.pt --json maps.json""",
         zero="the picture is written",
-        one="never",
+        one="never: what is not written could not be done",
         run=_run_look,
     )
     parser.add_argument(
@@ -224,7 +224,7 @@ examples:
     parser.add_argument("--checkpoint", metavar="FILE", help="the weights to load")
     parser.add_argument("--random-weights", action="store_true", help="an untrained model: no weights are loaded")
     parser.add_argument("--method", choices=("cls", "rollout"), default="cls", help="see above (default: %(default)s)")
-    parser.add_argument("--layers", metavar="LIST", help="such as 0,5,-1 or 2:5 (2, 3 and 4) or all")
+    parser.add_argument("--layers", metavar="LIST", help="such as 0,5 or 2:5 (2, 3 and 4) or all; --layers=-2,-1")
     parser.add_argument("--heads", metavar="LIST", help="likewise; in a rollout, those that are fused (default: all)")
     parser.add_argument(
         "--head-fusion",

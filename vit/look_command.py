@@ -8,11 +8,10 @@ import torch
 from .console import Console, Problem, require
 from .demo import check_picture
 from .fuse import fuse
-from .look import look
+from .look import draw_look, look
 from .look_models import load_looker
 from .measure import describe, pick_device
 from .photo import open_photo
-from .picture import draw_panels
 from .record import attention_layers
 from .tokens import tokens_of
 
@@ -30,17 +29,20 @@ def look_at(args):
     model = load_looker(args, console)
     layers, heads = numbers(args.layers, "--layers"), numbers(args.heads, "--heads")
     model.net.eval().to(device)
+    try:
+        depth = len(attention_layers(model.net))
+    except ValueError as error:
+        raise Problem(f"--model {args.model}: {error}") from error
     blocks = fused_blocks(model.net, args.fuse, console)
     image, shown = model.prepare(photo)
     image = image.to(device)
-    depth = len(attention_layers(model.net))
     try:
         panels = look(
             model.net,
             image,
             method=args.method,
-            layers=range(depth) if layers == "all" else layers,
-            heads=None if heads == "all" else heads,
+            layers=layers,
+            heads=heads,
             head_fusion=args.head_fusion,
             discard_ratio=args.discard_ratio,
         )
@@ -55,27 +57,11 @@ def look_at(args):
     lines = [f"{model.name}, {blocks}, {name}. {says}".rstrip(), meaning]
     if model.untrained:
         lines.append("THE MODEL IS NOT TRAINED: its weights are random, and these maps say nothing about the image.")
-    columns = None
-    if len({panel.layer for panel in panels}) > 1 and len({panel.head for panel in panels}) > 1:
-        columns = len({panel.head for panel in panels})
-    draw_panels(
-        args.out,
-        shown,
-        [(panel.map, *caption(panel, args.method, depth)) for panel in panels],
-        title=title,
-        text="\n".join(lines),
-        columns=columns,
-    )
+    draw_look(args.out, shown, panels, title, "\n".join(lines))
     console.say("\n".join([title, *(line for text in lines for line in wrap(text))]))
-    rows, cols = panels[0].map.shape
-    names = [caption(panel, args.method, depth)[0] for panel in panels]
-    console.say(f"  {rows} x {cols} patches on {describe(device)}; the largest patch of each map, from the top left:")
     console.table(
         ["map", "row", "column", "times the average", "on patches"],
-        [
-            [name, *(str(i) for i in place(panel)), f"{panel.peak:.1f}", f"{panel.on_patches:.0%}"]
-            for name, panel in zip(names, panels, strict=True)
-        ],
+        [[p.title, *(str(i) for i in p.place), f"{p.peak:.1f}", f"{p.on_patches:.0%}"] for p in panels],
     )
     seconds = time.perf_counter() - started
     console.say(f"wrote {args.out}: {len(panels)} {'map' if len(panels) == 1 else 'maps'} in {seconds:.1f} s")
@@ -135,7 +121,7 @@ def explanation(args, depth, has_cls):
     if args.method == "cls":
         return "Where the CLS token looks", (
             "Each map shows how the attention of the CLS token, which gathers what the model will answer, is spread "
-            f"over the image, in one layer (0 is the first, {depth - 1} the last) and one head, or on average over heads."
+            f"over the image, in one layer (0 is the first, {depth - 1} the last) and one head, or averaged over heads."
         )
     what = "CLS token, which gathers what the model will answer," if has_cls else "mean of all patches"
     heads = {"mean": "averaged", "max": "fused by their maximum", "min": "fused by their minimum"}[args.head_fusion]
@@ -147,22 +133,8 @@ def explanation(args, depth, has_cls):
     )
 
 
-def caption(panel, method, depth):
-    """The title of a map and a remark."""
-    layer = f"layer {panel.layer}" + (" (last)" if panel.layer == depth - 1 else "")
-    remark = f"largest {panel.peak:.1f}x the average"
-    if method == "rollout":
-        return f"layer 0 to {panel.layer}" + (" (all)" if panel.layer == depth - 1 else ""), remark
-    head = f"{panel.head} of heads" if isinstance(panel.head, str) else f"head {panel.head}"
-    return f"{layer}, {head}", f"{remark}, {panel.on_patches:.0%} on patches"
-
-
 def wrap(text):
     return textwrap.wrap(text, 116, initial_indent="  ", subsequent_indent="  ")
-
-
-def place(panel):
-    return divmod(panel.map.argmax().item(), panel.map.shape[1])
 
 
 def numbers(text, option):

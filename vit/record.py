@@ -92,7 +92,7 @@ def attention_layers(model):
     if not inner:
         raise ValueError(
             f"nothing can be recorded in {type(model).__name__}: no module in it has a class with 'Attention' in its "
-            "name, such as Attention or MultiheadAttention; pass the Vision Transformer itself"
+            "name, such as Attention or MultiheadAttention; it takes a Vision Transformer"
         )
     return inner
 

@@ -56,6 +56,11 @@ def rollouts(maps, *, head_fusion="mean", discard_ratio=0.0):
         layer = discard(fuse_heads(layer, head_fusion) if layer.ndim == 4 else layer, discard_ratio)
         layer = layer + torch.eye(layer.shape[-1], dtype=layer.dtype, device=layer.device)
         layer = layer / layer.sum(dim=-1, keepdim=True)
+        if result is not None and layer.shape != result.shape:
+            raise ValueError(
+                f"the map of layer {i} has shape {tuple(layer.shape)}, heads fused, and those before it "
+                f"{tuple(result.shape)}: a rollout needs the same tokens in all layers, and no windows"
+            )
         result = layer if result is None else layer @ result
         yield result
     if result is None:
@@ -87,7 +92,13 @@ def patch_rollout(model, images, **kwargs):
 
 
 def patch_shares(rolled, tokens):
-    """(b, n, n) -> (b, patches): the CLS token's row of a rollout, or the patches' mean row; each sums to 1."""
+    """(b, n, n) -> (b, patches), rows summing to 1: the CLS token's row of a rollout, or the mean row of the patches.
+
+    ValueError where nothing is left of them.
+    """
     row = tokens.patches(rolled, dim=1).mean(dim=1) if tokens.cls is None else rolled[:, tokens.cls]
     shares = tokens.patches(row)
-    return shares / shares.sum(dim=-1, keepdim=True)
+    total = shares.sum(dim=-1, keepdim=True)
+    if not total.all():
+        raise ValueError("nothing of the patches is left in the rollout: choose a smaller discard_ratio")
+    return shares / total
