@@ -230,6 +230,14 @@ def test_timm_with_a_checkpoint_and_imagenet_s_names(folder, capsys):
     assert main([*run, "--json", "a.json"]) == 0
     assert read(folder)["answers"][0] == {"class": "daisy", "probability": pytest.approx(1)}
     assert "The model says: daisy (100%)" in capsys.readouterr().out
+    torch.save({"model": timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7).state_dict()}, "mine.pt")
+    assert main([*run[:-1], "64", "--json", "a.json"]) == 0  # positions for another size; classes of which none tells
+    assert read(folder)["answers"] == [] and len(read(folder)["maps"][0]["map"]) == 4
+    assert main(["look", "photo.png", "--model", "timm:vit_small_patch16_224", "--checkpoint", "mine.pt"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "cannot load --checkpoint mine.pt into timm:vit_small_patch16_224: RuntimeError: Error(s) in loading" in error
+    )
 
 
 def test_plain_and_fused_give_the_same(folder):

@@ -61,7 +61,8 @@ class Panel:
 
     @property
     def remark(self):
-        remark = f"largest {self.peak:.1f}x the average"
+        peak = self.peak
+        remark = f"largest {peak:.{0 if peak >= 10 else 1}f}x the average"
         return remark if self.method == "rollout" else f"{remark}, {self.on_patches:.0%} on patches"
 
 

@@ -85,11 +85,11 @@ def _timm(name, args, console):
     if pretrained:
         console.say(f"loading timm's weights of {name}: from its cache, or over the network, which can take a while")
     try:
-        if args.checkpoint:
-            options["checkpoint_path"] = args.checkpoint
-        net = timm.create_model(name, pretrained=pretrained, **options)
+        if args.checkpoint:  # timm then fits positions to another --size, as it does with its own weights
+            options |= _timm_checkpoint(args.checkpoint, timm.get_pretrained_cfg(name))
+        net = timm.create_model(name, pretrained=not args.random_weights, **options)
     except Exception as error:  # whatever the hub, the network, the disk and the model's own checks raise
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if args.checkpoint:
             raise Problem(f"cannot load --checkpoint {args.checkpoint} into timm:{name}: {why}") from error
         if pretrained:
@@ -109,9 +109,19 @@ def _timm(name, args, console):
     )
 
 
+def _timm_checkpoint(path, config):
+    """What timm.create_model needs to load the file: its weights, and how many classes they are of."""
+    from timm.models import load_state_dict
+
+    state = load_state_dict(path)
+    weight = state.get(f"{config.classifier}.weight")
+    classes = 0 if weight is None else len(weight)
+    return {"num_classes": classes, "pretrained_cfg_overlay": {"state_dict": state, "num_classes": classes}}
+
+
 def _imagenet(net, timm):
     """Index -> name, where the model was trained on a part of ImageNet that timm knows."""
-    subset = timm.data.infer_imagenet_subset(net) if getattr(net, "num_classes", 0) else None
+    subset = timm.data.infer_imagenet_subset(net) if getattr(net, "num_classes", 0) == 1000 else None
     if subset is None:
         return None
     info = timm.data.ImageNetInfo(subset)
