@@ -14,13 +14,14 @@ and that it steps aside, where it must, by `self.plain.forward(self, ...)`, whic
 
 import sys
 import threading
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from .tokens import tokens_of
-from .watch import Watch, watch_calls
+from .watch import watch_calls, watched
 
 __all__ = ["AttentionMaps", "attention_layers", "attention_map", "observe", "record_attention"]
 
@@ -135,7 +136,7 @@ class AttentionMaps:
             active = True
         for module in self._attentions:
             if _is_fused(module):
-                vars(module)["plain"] = _StepsAside()
+                vars(module)["plain"] = _Plain(type(module).plain)
             else:
                 self._hooks += watch_calls(module, self)
         return self
@@ -246,22 +247,35 @@ def _listening(module):
         return [recording for recording in _recordings if module in recording._modules and recording.hears()]
 
 
-class _StepsAside:
-    """Stands as `plain` in a fused module while somebody records: the plain forward, watched."""
+class _Plain:
+    """Stands as `plain` in a fused module while somebody records: the plain class, its forward being watched."""
 
-    @staticmethod
-    def forward(module, x, *args, **kwargs):
-        watches = [Watch(module, recording, x) for recording in _listening(module)]
-        for watch in watches:
-            watch.__enter__()
-        failed = True
-        try:
-            out = type(module).plain.forward(module, x, *args, **kwargs)
-            failed = False
-        finally:
-            for watch in reversed(watches):
-                watch.close(failed)
-        return out
+    def __init__(self, plain):
+        self._plain = plain
+
+    @property
+    def forward(self):
+        return _Watched(self._plain.forward)
+
+    def __getattr__(self, name):
+        return getattr(self._plain, name)
+
+    def __reduce__(self):  # copied with its module
+        return _Plain, (self._plain,)
+
+
+class _Watched:
+    def __init__(self, forward):
+        self._forward = forward
+
+    def __getattr__(self, name):
+        return getattr(self._forward, name)
+
+    def __call__(self, module, *args, **kwargs):
+        with ExitStack() as stack:
+            for recording in _listening(module):
+                stack.enter_context(watched(module, recording, args, kwargs))
+            return self._forward(module, *args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

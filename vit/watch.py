@@ -7,30 +7,31 @@ A recording here is any object with hears() -> bool, whether this call counts; k
 keep_map(module, map); fail(module, why), where there is no map; and the list `watches` of those that are open.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Watch", "watch_calls"]
+__all__ = ["watch_calls", "watched"]
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 
 
 def watch_calls(module, recording):
     """Let `recording` have the maps that the plain `module` makes; returns the hooks to remove."""
-    if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
-        return [module.register_forward_pre_hook(lambda *call: _multihead(*call, recording), with_kwargs=True)]
     open_watches = []
 
     def before(module, args, kwargs):
         if recording.hears():
-            open_watches.append(Watch(module, recording, next(iter(args), None)))
+            open_watches.append(watched(module, recording, args, kwargs))
             open_watches[-1].__enter__()
 
     def after(module, args, kwargs, out):
         if open_watches and recording.hears():
-            open_watches.pop().close(failed=out is None)  # None: the call raised
+            raised = RuntimeError if out is None else None  # all that a hook is told
+            open_watches.pop().__exit__(raised, None, None)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -38,9 +39,17 @@ def watch_calls(module, recording):
     ]
 
 
+def watched(module, recording, args, kwargs):
+    """A context for one call of the plain forward of `module` with these arguments."""
+    if getattr(type(module), "plain", type(module)).forward is nn.MultiheadAttention.forward:
+        _multihead(module, args, kwargs, recording)
+        return nullcontext()
+    return Watch(module, recording, next(iter(args), None))
+
+
 class Watch(TorchFunctionMode):
-    """A context in which `module`'s plain forward runs on `x`. One where the module speaks for itself, by
-    record.observe, sets `silent`."""
+    """A context in which the plain forward of `module` runs on `x`. `silent`: it has no more to say, as the module
+    handed its q and k to record.observe, or cannot be recorded."""
 
     def __init__(self, module, recording, x=None):
         super().__init__()
@@ -51,13 +60,10 @@ class Watch(TorchFunctionMode):
         self.recording.watches.append(self)
         return super().__enter__()
 
-    def __exit__(self, kind, *_):
-        self.close(failed=kind is not None)
-
-    def close(self, failed):
-        super().__exit__(None, None, None)
+    def __exit__(self, kind, *rest):
+        super().__exit__(kind, *rest)
         self.recording.watches.remove(self)
-        if failed or self.silent or self.seen == 1:
+        if kind is not None or self.silent or self.seen == 1:
             return
         why = "calls neither softmax nor scaled_dot_product_attention on (batch, heads, tokens, dim)"
         self.fail(why if not self.seen else f"makes {self.seen} maps in one call, so which one is meant is not clear")
@@ -103,8 +109,6 @@ def _as_observed(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
 
 
 def _multihead(module, args, kwargs, recording):
-    if not recording.hears():
-        return
     if module.bias_k is not None or module.add_zero_attn:
         recording.fail(module, "this MultiheadAttention adds keys that are no tokens (add_bias_kv or add_zero_attn)")
     else:
