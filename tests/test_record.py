@@ -292,6 +292,7 @@ def test_what_cannot_be_recorded_says_why_and_leaves_the_others(first, why):
             ask()
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_masks_of_plain_modules():
     """Bool masks mean opposite things in torch.nn and in scaled_dot_product_attention."""
     attention, x = nn.MultiheadAttention(24, 3, batch_first=True).eval(), torch.randn(2, 5, 24)
