@@ -7,6 +7,7 @@ interpreter; with one, and the variable unset, the same tests run on the GPU. Ei
 import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ if GPU is None and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
         raise pytest.UsageError("triton was imported before tests/conftest.py: set TRITON_INTERPRET=1 to run the tests")
     os.environ["TRITON_INTERPRET"] = "1"
+
+# `python -m pytest` puts it there, and then transformers takes kernels/ for Hugging Face's package of that name
+TOP = Path(__file__).parent.parent
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != TOP]
 
 # imports triton
 import guards  # noqa: E402

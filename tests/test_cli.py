@@ -18,13 +18,13 @@ from vitriton.kernels import native, use_backend
 from vitriton.vit import check, console, costs, demo, doctor, fuse, timing
 from vitriton.vit.cli import build_parser, main
 from vitriton.vit.measure import peak_memory, pick_device, quartiles
-from vitriton.vit.picture import cls_attention
 from vitriton.vit.reference import ViT
+from vitriton.vit.rollout import patch_rollout
 
 # the guards on allocations would be counted, and slow everything down
 pytestmark = pytest.mark.usefixtures("unguarded")
 
-SUBCOMMANDS = ("demo", "check", "doctor", "compile")
+SUBCOMMANDS = ("demo", "check", "doctor", "compile", "look")
 CPU = torch.device("cpu")
 
 
@@ -488,9 +488,9 @@ def test_cls_attention_of_one_layer_is_its_softmax():
     q, k, _ = block.fn.to_qkv(block.norm(tokens)).view(5, 17, 3, 2, 8).permute(2, 0, 3, 1, 4)
     expected = (q[:, :, :1] @ k.transpose(-1, -2) * 8**-0.5).softmax(dim=-1).mean(dim=1)[:, 0, 1:]
     expected = expected / expected.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(cls_attention(vit, images), expected)
+    torch.testing.assert_close(patch_rollout(vit, images), expected)
     fuse(vit)  # which makes no map, but for those who look
-    torch.testing.assert_close(cls_attention(vit, images), expected)
+    torch.testing.assert_close(patch_rollout(vit, images), expected)
     assert not block.fn.attend._forward_hooks
 
 
@@ -504,4 +504,4 @@ def test_cls_attention_goes_back_through_the_layers():
     share = torch.eye(17)[0]  # all of the last CLS token is itself
     for attention in reversed(maps):
         share = share / 2 + share @ attention / 2
-    torch.testing.assert_close(cls_attention(vit, images)[0], share[1:] / share[1:].sum())
+    torch.testing.assert_close(patch_rollout(vit, images)[0], share[1:] / share[1:].sum())

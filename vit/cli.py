@@ -184,7 +184,84 @@ examples:
     parser.add_argument("--rows", type=_at_least_0, default=40, help="of the table; 0 shows all (default: %(default)s)")
 
 
-SUBCOMMANDS = (add_demo, add_check, add_doctor, add_compile)
+def add_look(subparsers):
+    parser = _add(
+        subparsers,
+        "look",
+        summary="where a model looks: its attention as a picture over a photograph",
+        description="""\
+Show a photograph to a Vision Transformer, fused, and write a picture of its attention over the photograph, by
+  --method cls      how much the CLS token, which gathers what the model will answer, attends to each place: by default
+                    in the last layer, each head and their mean. Only its row of the map is computed;
+  --method rollout  how much of it comes from each place through all layers up to one (attention rollout, Abnar and
+                    Zuidema 2020), by default a quarter, half, three quarters and all of them.
+Maps are exact: softmax of the scores that the model's own q and k make.
+The model is
+  timm:NAME         one of timm's Vision Transformers, with its pretrained weights, which are loaded over the network
+                    once, with --checkpoint FILE, or with --random-weights;
+  ti, s, b, l, h    our preset of that size with --checkpoint FILE (a state_dict), for images scaled to -1 to 1;
+  demo              a small one, trained on scikit-learn's handwritten digits first, in half a minute.
+The middle of the photograph is cut out in the shape that the model takes. Layers and heads count from 0, and from the
+end if negative.""",
+        examples="""\
+examples:
+  vitriton look photo.jpg --model timm:vit_small_patch16_224
+  vitriton look photo.jpg --model timm:deit_base_patch16_224 --method rollout --head-fusion max --discard-ratio 0.9
+  vitriton look photo.jpg --model timm:vit_base_patch16_224 --layers 3,7,11 --heads 0:4 --out maps.pdf
+  vitriton look sample:china --model timm:vit_tiny_patch16_224 --random-weights       no network needed
+  vitriton look sample:7 --model demo                                                 nor here
+  vitriton look photo.jpg --model b --checkpoint mine.pt --json maps.json""",
+        zero="the picture is written",
+        one="never: what is not written could not be done",
+        run=_run_look,
+    )
+    parser.add_argument(
+        "photo",
+        metavar="PHOTO",
+        help="a file that Pillow can read, or sample:china, sample:flower, or one of the digits sample:0 to sample:9",
+    )
+    parser.add_argument("--model", metavar="NAME", required=True, help="timm:NAME, ti, s, b, l, h or demo: see above")
+    parser.add_argument("--checkpoint", metavar="FILE", help="the weights to load")
+    parser.add_argument("--random-weights", action="store_true", help="an untrained model: no weights are loaded")
+    parser.add_argument("--method", choices=("cls", "rollout"), default="cls", help="see above (default: %(default)s)")
+    parser.add_argument("--layers", metavar="LIST", help="such as 0,5 or 2:5 (2, 3 and 4) or all; --layers=-2,-1")
+    parser.add_argument("--heads", metavar="LIST", help="likewise; in a rollout, those that are fused (default: all)")
+    parser.add_argument(
+        "--head-fusion",
+        choices=("mean", "max", "min"),
+        default="mean",
+        help="how a rollout makes one map of the heads' (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--discard-ratio",
+        type=_share,
+        default=0.0,
+        metavar="R",
+        help="the share of each layer's weights, the smallest, that a rollout leaves out (default: 0)",
+    )
+    parser.add_argument("--size", metavar="N", help="pixels that the model takes, N or HEIGHTxWIDTH, if not its own")
+    parser.add_argument("--no-fuse", dest="fuse", action="store_false", help="run the plain blocks: the same maps")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        default="vitriton-look.png",
+        help="the picture; its ending chooses the format, such as png, svg or pdf (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, xpu; auto takes a GPU if there is one (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the demo's training (default: 0)")
+
+
+SUBCOMMANDS = (add_demo, add_check, add_doctor, add_compile, add_look)
+
+
+def _run_look(args):
+    from .look_command import look_at
+
+    return look_at(args)
 
 
 def _run_demo(args):
@@ -233,6 +310,12 @@ def _add(subparsers, name, *, summary, description, examples, zero, one, run):
 def _at_least_0(text):
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
+
+
+def _share(text):
+    if not 0 <= (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and less than 1")
     return value
 
 

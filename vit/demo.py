@@ -17,8 +17,9 @@ from .console import Console, Problem, check_writable, require, version
 from .costs import cost_table
 from .fuse import fuse, unfuse
 from .measure import MEMORY, describe, pick_device
-from .picture import cls_attention, draw
+from .picture import draw
 from .reference import ViT
+from .rollout import patch_rollout
 
 EXTRAS = (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("PIL", "Pillow"), ("rich", "rich"))
 
@@ -328,7 +329,7 @@ def picture(path, model, images, labels, logits):
     draw(
         path,
         (images[chosen, 0] + 1) / 2,
-        cls_attention(model, images[chosen]).unflatten(1, PATCHES),
+        patch_rollout(model, images[chosen]).unflatten(1, PATCHES),
         captions,
         title="Handwritten digits that the ViT had not seen",
         subtitle=f"Right on {len(labels) - len(wrong)} of {len(labels)}. "

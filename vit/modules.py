@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import layer_norm_linear, qkv_attention
 from ..kernels.ops import direct, direct_layer_norm_linear, direct_qkv_attention, linear
+from . import record
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
@@ -36,6 +37,8 @@ class FusedAttention(Attention):
         qkv = None if norm is None else merged(x, norm, self.to_qkv, directly=directly)
         if qkv is None:
             qkv = self.to_qkv(x if norm is None else norm(x))
+        if record.active:
+            record.observe_qkv(self, qkv, self.heads, self.scale)
         out = direct_qkv_attention(qkv, self.heads, self.scale) if directly and direct(qkv) else None
         if out is None:
             out = qkv_attention(qkv, self.heads, scale=self.scale)

@@ -1,34 +1,10 @@
-"""The demo's picture: test images, what the model says they are, and where its CLS token looks."""
+"""Pictures of attention: the demo's, of many small images, and `vitriton look`'s, of one photograph and many maps."""
 
-import torch
+import textwrap
 
-__all__ = ["cls_attention", "draw"]
+__all__ = ["draw", "draw_panels"]
 
 RIGHT, WRONG, GREY = "#1a7f37", "#cf222e", "#57606a"
-
-
-@torch.no_grad()
-def cls_attention(vit, images):
-    """How much of the CLS token comes from each patch, (b, patches), each row summing to 1.
-
-    Attention rollout of Abnar and Zuidema 2020: behind each block a token is half itself, by the residual connection,
-    and half what it attended to, averaged over the heads; the product over the blocks tells what the last CLS token is
-    made of. The maps are read by hooks on `attend` of the plain blocks: fused ones never make them, and step aside for
-    the hook.
-    """
-    maps = []
-    attends = [attention.fn.attend for attention, _ in vit.transformer.layers]
-    hooks = [attend.register_forward_hook(lambda module, args, out: maps.append(out.mean(dim=1))) for attend in attends]
-    try:
-        vit(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    identity = rollout = torch.eye(maps[0].shape[-1], device=images.device)
-    for attention in maps:
-        rollout = (attention + identity) / 2 @ rollout
-    from_patches = rollout[:, 0, 1:]
-    return from_patches / from_patches.sum(dim=-1, keepdim=True)
 
 
 def draw(path, images, maps, captions, *, title, subtitle, columns=8):
@@ -79,3 +55,91 @@ def draw(path, images, maps, captions, *, title, subtitle, columns=8):
     bar.ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
     bar.set_label("how much of the CLS token comes from this patch", fontsize=8, color=GREY)
     figure.savefig(path)
+
+
+def draw_panels(path, photo, panels, *, title, text="", columns=None):
+    """Write a picture of `photo` (height, width, 3) in [0, 1] and, beside it, of each panel's map over it.
+
+    panels: (map (rows, cols), title, remark) each, maps being at least 0 and not all 0. They follow the photo, row by
+    row; with `columns`, the photo has a column of its own, and each row so many panels. `text` stands below the title,
+    its lines wrapped. A map shows clear what is at most its average, and has a scale of its own up to its largest.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    height, width = photo.shape[:2]
+    if columns is None:
+        columns = columns_for(len(panels) + 1)
+        places = [divmod(i + 1, columns) for i in range(len(panels))]
+    else:
+        places = [(i // columns, i % columns + 1) for i in range(len(panels))]
+        columns += 1
+    bands = places[-1][0] + 1
+
+    # all in inches
+    wide = min(2.4, 14 / columns)
+    tall, gap, label, margin, foot = wide * height / width, 0.12, 0.45, 0.2, 0.62
+    page = max(columns * (wide + gap) - gap, 6) + 2 * margin
+    letters = int(15 * (page - 2 * margin))
+    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, letters)]
+    head = 0.52 + 0.165 * len(lines)
+    page = page, head + bands * (tall + label) + foot
+    figure = Figure(figsize=page, dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def box(left, top, width, height):
+        return left / page[0], 1 - (top + height) / page[1], width / page[0], height / page[1]
+
+    def panel(place, name, remark):
+        """Axes, with a title over them, and over the photo in grey if they are not the photo's own."""
+        left, top = margin + place[1] * (wide + gap), head + label + place[0] * (tall + label)
+        axes = figure.add_axes(box(left, top, wide, tall), xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        small = min(1, wide / 2.4)
+        for above, words, size, style in ((0.21, name, 9.5, {"weight": "bold"}), (0.05, remark, 7.5, {"color": GREY})):
+            axes.text(0, 1 + above / tall, words, fontsize=size * small, va="bottom", transform=axes.transAxes, **style)
+        return axes
+
+    few = height < 64  # pixels, and the image is shown as the squares that they are
+    panel((0, 0), "the image", "the part that the model sees").imshow(
+        photo, interpolation="nearest" if few else "antialiased"
+    )
+    grey = photo.mean(axis=2)
+    grey = 0.35 + 0.5 * (grey - grey.min()) / max(grey.max() - grey.min(), 1e-6)
+    heat, extent = heat_map(), (-0.5, width - 0.5, height - 0.5, -0.5)
+    for (map, name, remark), place in zip(panels, places, strict=True):
+        axes, map = panel(place, name, remark), (map / map.mean()).cpu().numpy()
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if few else "antialiased")
+        scale = Normalize(1, max(2, map.max()))
+        axes.imshow(map, cmap=heat, norm=scale, extent=extent, interpolation="nearest" if few else "catrom")
+
+    left = margin / page[0]
+    figure.text(left, 1 - 0.16 / page[1], title, fontsize=13, weight="bold", va="top")
+    figure.text(left, 1 - 0.47 / page[1], "\n".join(lines), fontsize=8.5, color=GREY, va="top", linespacing=1.35)
+    axes = figure.add_axes(box(margin, page[1] - 0.46, 2.9, 0.1))
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), heat), cax=axes, orientation="horizontal")
+    bar.outline.set_visible(False)
+    bar.set_ticks([0, 1], labels=["the map's average, or less", "its largest (or 2x)"])
+    axes.tick_params(labelsize=7, colors=GREY, length=0)
+    for words, where in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
+        words.set_horizontalalignment(where)
+    figure.savefig(path)
+
+
+def columns_for(cells):
+    """How many columns so many cells are set in: one row if it is short, else with few places left empty."""
+    return cells if cells <= 5 else min((5, 4, 6), key=lambda columns: -cells % columns)
+
+
+def heat_map():
+    """The colours of attention: clear where there is none, so that the photograph shows, to a light yellow."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    share = [i / 255 for i in range(256)]
+    colours = colormaps["inferno"]([0.25 + 0.72 * x for x in share])
+    colours[:, 3] = [min(0.9, 1.4 * x) for x in share]
+    return ListedColormap(colours)
