@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import layer_norm_linear, qkv_attention
 from ..kernels.ops import linear
+from .known import is_layer_norm
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
@@ -109,11 +110,17 @@ def idle(module):
 
 def merged(x, norm, fn, activation=None):
     """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same."""
-    if not (untouched(norm, nn.LayerNorm) and untouched(fn, nn.Linear) and len(norm.normalized_shape) == 1):
+    if not untouched(fn, nn.Linear):
         return None
     # read from the dicts in which nn.Module keeps them: by attribute each takes a microsecond
+    return merged_with(x, norm, fn._parameters.get("weight"), fn._parameters.get("bias"), activation)
+
+
+def merged_with(x, norm, weight, bias, activation=None):
+    """activation(norm(x) weightᵀ + bias) in one call; None where that is not surely the same."""
+    if not (is_layer_norm(norm) and untouched(norm, type(norm)) and len(norm.normalized_shape) == 1):
+        return None
     norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-    weight, bias = fn._parameters.get("weight"), fn._parameters.get("bias")
     if not (type(norm_weight) in PLAIN_TENSORS and type(norm_bias) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS):
         return None
     return layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=norm.eps, activation=activation)
