@@ -1,13 +1,16 @@
 """Vision Transformers: the plain model, the fused blocks, and fuse(model), which swaps one for the other."""
 
+from .explain import Explanation, explain
 from .fuse import Block, FuseReport, fuse, unfuse
 from .modules import FusedAttention, FusedFeedForward, FusedPreNorm
 from .reference import PRESETS, Attention, FeedForward, PreNorm, Preset, Transformer, ViT, pair, vit_preset
+from .verify import Verdict, verify
 
 __all__ = [
     "PRESETS",
     "Attention",
     "Block",
+    "Explanation",
     "FeedForward",
     "FuseReport",
     "FusedAttention",
@@ -16,9 +19,12 @@ __all__ = [
     "PreNorm",
     "Preset",
     "Transformer",
+    "Verdict",
     "ViT",
+    "explain",
     "fuse",
     "pair",
     "unfuse",
+    "verify",
     "vit_preset",
 ]

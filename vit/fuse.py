@@ -18,7 +18,7 @@ from .integrations.blocks import Fused
 from .known import learn, name_of
 from .modules import FusedAttention, FusedFeedForward, FusedPreNorm
 
-__all__ = ["Block", "FuseReport", "fuse", "fused_class", "unfuse"]
+__all__ = ["Block", "FuseReport", "fuse", "fused_class", "fused_modules", "unfuse"]
 
 FUSED = (FusedAttention, FusedFeedForward, FusedPreNorm, Fused)
 
@@ -64,7 +64,7 @@ def fuse(model: nn.Module, *, dry_run: bool = False, strict: bool = False) -> Fu
     Raises TypeError if `model` is no nn.Module; ValueError, before anything is changed, if it has no block to swap and
     none that is fused already, or with `strict` if anything that looks like a block would be left as it is.
     """
-    report = FuseReport("would fuse" if dry_run else "fused", already=len(_fused_modules(model)))
+    report = FuseReport("would fuse" if dry_run else "fused", already=len(fused_modules(model)))
     learn()
     modules = {name: module for name, module in model.named_modules() if not _is_fused(type(module))}
     forms = {name: form_of(module) for name, module in modules.items()}
@@ -101,7 +101,7 @@ def unfuse(model: nn.Module) -> FuseReport:
     vitriton.vit. A model without fused blocks is left as it is. Raises TypeError if `model` is no nn.Module.
     """
     report = FuseReport("unfused")
-    for name, module in _fused_modules(model).items():
+    for name, module in fused_modules(model).items():
         report.swapped.append(Block(name, name_of(type(module).plain)))
         module.__class__ = type(module).plain
     for name, module in model.named_modules():
@@ -143,7 +143,8 @@ def _is_fused(cls):
     return issubclass(cls, FUSED) and "plain" in vars(cls)
 
 
-def _fused_modules(model):
+def fused_modules(model):
+    """The fused blocks of `model`, by name. Raises TypeError if it is no nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     return {name: module for name, module in model.named_modules() if _is_fused(type(module))}
@@ -152,7 +153,7 @@ def _fused_modules(model):
 def _handed_a_norm(model, modules, forms, reasons):
     """The modules, by id, that a block that is or will be fused hands a LayerNorm."""
     blocks = [(module, forms[name]) for name, module in modules.items() if name in reasons and reasons[name] is None]
-    blocks += [(module, FORMS.get(name_of(type(module).plain))) for module in _fused_modules(model).values()]
+    blocks += [(module, FORMS.get(name_of(type(module).plain))) for module in fused_modules(model).values()]
     return {id(child) for module, form in blocks if form is not None for child in handed(module, form)}
 
 

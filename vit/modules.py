@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..kernels import layer_norm_linear, qkv_attention
 from ..kernels.ops import linear
 from .known import is_layer_norm
+from .notes import NOT_MERGED, note
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
@@ -32,9 +33,12 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         if not self._only_softmax():
+            note(self, "something looks at the attention weights, or changes them")
             return self.plain.forward(self, x if norm is None else norm(x))
         qkv = None if norm is None else merged(x, norm, self.to_qkv)
         if qkv is None:
+            if norm is not None:
+                note(self, NOT_MERGED)
             qkv = self.to_qkv(x if norm is None else norm(x))
         return apply(self.to_out, qkv_attention(qkv, self.heads, scale=self.scale))
 
@@ -65,6 +69,7 @@ class FusedFeedForward(FeedForward):
             if untouched(gelu, nn.GELU):
                 hidden = merged(x, norm, first, ACTIVATIONS[gelu.approximate])
         if hidden is None:
+            note(self, NOT_MERGED)
             return self.plain.forward(self, norm(x))
         for module in rest:
             hidden = apply(module, hidden)
@@ -83,6 +88,7 @@ class FusedPreNorm(PreNorm):
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         fn = self.fn
         if kwargs or not takes_norm(fn) or not untouched(fn, type(fn)):
+            note(self, "fn is no fused block, has a hook, or was given keyword arguments")
             return self.plain.forward(self, x, **kwargs)
         return fn(x, norm=self.norm)
 

@@ -5,7 +5,9 @@ attention weights, a Linear that somebody replaced. Where it does, the block doe
 and calls `note`.
 """
 
-__all__ = ["listening", "note"]
+__all__ = ["NOT_MERGED", "listening", "note"]
+
+NOT_MERGED = "its LayerNorm and its first Linear are not both plain and without a hook, so they are called one by one"
 
 _heard = None  # while somebody listens: [(module, reason), ...] in the order of the calls
 

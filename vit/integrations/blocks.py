@@ -10,7 +10,7 @@ from ...kernels import attention, qkv_attention
 from .. import record
 from ..known import gelu_of
 from ..modules import apply, merged, untouched
-from ..notes import note
+from ..notes import NOT_MERGED, note
 
 
 class Fused:
@@ -59,7 +59,7 @@ def project(module, x, norm, fn, activation=None):
         y = merged(x, norm, fn, activation)
         if y is not None:
             return y
-        note(module, f"its LayerNorm and {type(fn).__name__} are not both untouched ones with weight and bias")
+        note(module, NOT_MERGED)
         x = norm(x)
     y = apply(fn, x)
     return y if activation is None else F.gelu(y, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])

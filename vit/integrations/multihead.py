@@ -12,7 +12,7 @@ from ...kernels.ops import linear
 from ..forms import Form, drops, unlike_heads
 from ..known import name_of
 from ..modules import PLAIN_TENSORS, merged_with, untouched
-from ..notes import note
+from ..notes import NOT_MERGED, note
 from .blocks import TakesNorm, attend_packed
 
 __all__ = ["FORMS", "FusedMultiheadAttention", "attend_to_itself"]
@@ -56,7 +56,7 @@ class FusedMultiheadAttention(TakesNorm):
         if norm is not None:
             qkv = merged_with(x, norm, weight, bias)
             if qkv is None:
-                note(self, "its LayerNorm is not an untouched one with weight and bias")
+                note(self, NOT_MERGED)
                 x = norm(x)
         if qkv is None:
             qkv = _linear(x, weight, bias)
