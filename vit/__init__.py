@@ -1,5 +1,6 @@
 """Vision Transformers: the plain model, the fused blocks, and fuse(model), which swaps one for the other."""
 
+from .convert import load_checkpoint
 from .explain import Explanation, explain
 from .fuse import Block, FuseReport, fuse, unfuse
 from .modules import FusedAttention, FusedFeedForward, FusedPreNorm
@@ -23,6 +24,7 @@ __all__ = [
     "ViT",
     "explain",
     "fuse",
+    "load_checkpoint",
     "pair",
     "unfuse",
     "verify",

@@ -15,6 +15,8 @@ from .known import is_layer_norm
 
 __all__ = ["Verdict", "verify"]
 
+DRAWS = 4  # of the gradient of the outputs: of one, the rms error of a small tensor is chance
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -149,34 +151,35 @@ def _block(fused, plain, gold, args, kwargs):
 
 
 def _whole(fused, plain, gold, images):
-    """Errors of each output, and of the gradients of each parameter, of all layers together."""
-    results, grads = [], None
+    """Errors of each output, and of the gradients of each parameter, of all layers and draws together."""
+    results, noise = [], None
     for model in (gold, plain, fused):
-        now = _cast(images, torch.float64 if model is gold else _dtype(plain))
-        model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            outputs = [t for t in tree_leaves(call(model, now)) if _is_float(t)]
-        if grads is None:
-            grads = [_noise(t) for t in outputs]
-        wanted = [i for i, t in enumerate(outputs) if t.requires_grad]
-        torch.autograd.backward([outputs[i] for i in wanted], [grads[i].to(outputs[i].dtype) for i in wanted])
+            leaves = tree_leaves(call(model, _cast(images, torch.float64 if model is gold else _dtype(plain))))
+        outputs = [t for t in leaves if _is_float(t)]
+        if noise is None:
+            noise = [[_noise(t, seed) for t in outputs] for seed in range(DRAWS)]
         values = {f"output {i}" if len(outputs) > 1 else "output": t.detach() for i, t in enumerate(outputs)}
-        results.append((values, _gradients(model)))
+        results.append((values, _gradients(model, outputs, noise)))
     (gold_out, gold_grads), (base_out, base_grads), (out, grads) = results
     errors = [compare(name, out[name], base_out[name], gold_out[name], k=2) for name in gold_out]
     for name in gold_grads:
-        tensors = (torch.cat([t.flatten() for t in which[name]]) for which in (grads, base_grads, gold_grads))
-        errors.append(compare(f"gradient of {name}", *tensors, k=3))
+        errors.append(compare(f"gradient of {name}", grads[name], base_grads[name], gold_grads[name], k=3))
     return errors
 
 
-def _gradients(model):
-    """name, with * for the number of a layer -> gradients, one a layer."""
+def _gradients(model, outputs, noise):
+    """name, with * for the number of a layer -> its gradients, one a layer and draw, flat."""
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    wanted = [i for i, t in enumerate(outputs) if t.requires_grad]
     gradients = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients.setdefault(re.sub(r"(?<=[._])\d+(?=[._])", "*", name), []).append(parameter.grad)
-    return gradients
+    for grads in noise:
+        which = [outputs[i] for i in wanted], parameters, [grads[i].to(outputs[i].dtype) for i in wanted]
+        of_draw = torch.autograd.grad(*which, retain_graph=True, allow_unused=True)
+        for name, parameter, grad in zip(names, parameters, of_draw, strict=True):
+            known = gradients.setdefault(re.sub(r"(?<=[._])\d+(?=[._])", "*", name), [])
+            known.append((torch.zeros_like(parameter) if grad is None else grad).flatten())
+    return {name: torch.cat(tensors) for name, tensors in gradients.items()}
 
 
 def _dtype(model):
@@ -188,8 +191,8 @@ def _cast(values, dtype):
     return tree_map(lambda t: t.detach().to(dtype, copy=True) if _is_float(t) else t, values)
 
 
-def _noise(like):
-    generator = torch.Generator().manual_seed(0)
+def _noise(like, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
 
 
