@@ -20,15 +20,19 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["vitriton.kernels", "vitriton.vit"],
-    package_dir={"vitriton.kernels": "kernels", "vitriton.vit": "vit"},
+    packages=["vitriton.kernels", "vitriton.vit", "vitriton.vit.integrations"],
+    package_dir={
+        "vitriton.kernels": "kernels",
+        "vitriton.vit": "vit",
+        "vitriton.vit.integrations": "vit/integrations",
+    },
     package_data={"vitriton.kernels": ["py.typed"], "vitriton.vit": ["py.typed"]},
     install_requires=["torch>=2.9", "einops>=0.7", 'triton>=3.5; sys_platform == "linux"'],
     extras_require={
         "demo": DEMO,
         "test": TEST,
         "integrations": INTEGRATIONS,
-        "dev": DEMO + TEST + ["ruff"],
+        "dev": DEMO + TEST + INTEGRATIONS + ["ruff"],
     },
     entry_points={"console_scripts": ["vitriton = vitriton.vit.cli:main"]},
     classifiers=[

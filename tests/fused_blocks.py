@@ -9,7 +9,7 @@ from vitriton.kernels import use_backend
 from vitriton.kernels.reference import compare
 
 # the fused operators, and those that they replace
-OPERATORS = ("layer_norm_linear", "qkv_attention", "native_layer_norm", "_softmax", "gelu")
+OPERATORS = ("layer_norm_linear", "qkv_attention", "attention", "native_layer_norm", "_softmax", "gelu")
 
 
 def randomise(module):

@@ -15,7 +15,7 @@ from fused_blocks import assert_within_rounding, called, randomise, run
 from torch import nn
 from vitriton.kernels import use_backend
 from vitriton.vit import Attention, FusedAttention, FusedFeedForward, FusedPreNorm, fuse, unfuse
-from vitriton.vit.fuse import _same_function
+from vitriton.vit.known import same_function
 
 FUSED_CALLS = {"layer_norm_linear": 4, "qkv_attention": 2}  # of a model with two layers
 
@@ -247,18 +247,22 @@ def test_look_alikes_are_left_alone(user_file, old, new, name):
     assert report.swapped
 
 
-def test_blocks_that_normalise_by_themselves_are_left_alone(user_file):
-    """As vit-pytorch's do since 1.4."""
+def test_blocks_that_normalise_by_themselves(user_file):
+    """As vit-pytorch's do since 1.4: they are swapped, and a PreNorm around them has nothing to hand them."""
     module = user_file([
         ("self.heads = heads", "self.heads = heads\n        self.norm = nn.LayerNorm(dim)"),
         ("qkv = self.to_qkv(x)", "x = self.norm(x)\n        qkv = self.to_qkv(x)"),
         ("            nn.Linear(dim, hidden_dim),", "            nn.LayerNorm(dim), nn.Linear(dim, hidden_dim),"),
     ])  # fmt: skip
-    with pytest.raises(ValueError, match="nothing to fuse") as error:
-        fuse(user_transformer(module))
-    assert "layers.0.0.fn (user_file.Attention): its forward is none of the known" in str(error.value)
-    assert "it has a norm of its own, as vit-pytorch's since 1.4" in str(error.value)
-    assert "layers.0.1.fn (user_file.FeedForward): net has 6 layers" in str(error.value)
+    model, x, grad = user_transformer(module), torch.randn(2, 17, 24), torch.randn(2, 17, 24)
+    gold = run(copy.deepcopy(model).double(), x.double(), grad.double())
+    base = run(model, x, grad)
+    report = fuse(model)
+    assert [block.name for block in report.swapped] == [f"layers.{i}.{j}.fn" for i in range(2) for j in range(2)]
+    assert [block.name for block in report.left] == [f"layers.{i}.{j}" for i in range(2) for j in range(2)]
+    assert all("has no Linear to merge with" in block.reason for block in report.left)
+    assert called(model, x) == FUSED_CALLS | {"native_layer_norm": 4}  # the PreNorms'
+    assert_within_rounding(run(model, x, grad), base, gold)
 
 
 def test_altered_blocks_are_mentioned_whatever_their_name(user_file):
@@ -282,8 +286,8 @@ def test_globals_of_inner_functions_count():
     for source in sources:
         exec(source + "\ndef forward(self, x): return map(lambda t: f(t), x)", scope := {})
         functions.append(scope["forward"])
-    assert _same_function(functions[0], functions[0])
-    assert not _same_function(*functions)
+    assert same_function(functions[0], functions[0])
+    assert not same_function(*functions)
 
 
 def test_other_modules_with_that_forward_are_not_mentioned(user_file):

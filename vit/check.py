@@ -19,6 +19,7 @@ from ..kernels.backend import why_not_triton
 from ..kernels.launch import INTERPRET, triton
 from ..kernels.reference import compare
 from .cases import cases
+from .check_model import check_model
 from .console import Console, Problem
 from .measure import describe, gpu
 
@@ -29,6 +30,8 @@ ALL = ("native", "gpu", "interpreter")
 
 def check(args):
     """Run the checks with the arguments of cli.add_check; returns the exit code."""
+    if args.model:
+        return check_model(args)
     started = time.perf_counter()
     console = Console(args.json)
     records, skipped = [], []

@@ -113,12 +113,22 @@ in every implementation that can run here and every dtype that it takes:
 Each output and each gradient is compared with the plain formula in float64. It may be as far from it as twice (for a
 gradient three times) what the plain formula in the same dtype is, and its rms error 1.5 times; float64 itself as far
 as 1e-12 of the largest value. A line is one case, and tells which of its results came nearest to the limit.
-What cannot run here is listed with the reason.""",
+What cannot run here is listed with the reason.
+
+With --model a whole model is checked instead: it is built with random weights (nothing is downloaded) and fused, and
+its outputs and gradients are held against its own before, layer by layer and as a whole, in float32 and bfloat16:
+  timm:NAME           as timm.create_model takes it
+  torchvision:NAME    as torchvision.models.get_model takes it
+  open_clip:NAME      the vision tower of open_clip.create_model
+  transformers:TYPE   vit, deit, dinov2, dinov3_vit, clip_vision_model, siglip_vision_model, ...; or a folder, written
+                      with a slash or a dot (./model), of a saved model, of which the config alone is read
+  vitriton:NAME       ti, s, b, l or h""",
         examples="""\
 examples:
   vitriton check                          everything that can run here, a minute or two
   vitriton check --only native            a few seconds
-  vitriton check --json check.json        every error and every limit, for programs""",
+  vitriton check --json check.json        every error and every limit, for programs
+  vitriton check --model timm:vit_small_patch16_224""",
         zero="everything that ran is right",
         one="something is wrong: its line starts with FAIL",
         run=_run_check,
@@ -129,6 +139,7 @@ examples:
         action="append",
         help="check this implementation; may be given more than once (default: all that can run)",
     )
+    parser.add_argument("--model", metavar="NAME", help="check a whole model: see above")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
 
 

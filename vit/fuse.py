@@ -1,30 +1,26 @@
-"""fuse(model) swaps the plain blocks of a model for the fused ones, in place; unfuse(model) swaps them back.
+"""fuse(model) swaps the blocks of a model for fused ones, in place; unfuse(model) swaps them back.
 
 A swap changes the class of a module and nothing else. The module, its parameters, hooks and every reference to it
 stay what they were, so swapping back restores the model bit for bit. What is swapped are the blocks of reference.py,
-and classes of the same form: vit-pytorch's before 1.4, and the copies of it in people's own files. That a class has the
-same form is not guessed from its name: its forward must be one of the spellings at the end of this file, instruction
-for instruction, and the module's children exactly the expected ones. All else is left alone, and the report says why.
+those of vit-pytorch and of people's own files that do the same, instruction for instruction, and those classes of the
+libraries in integrations/ whose forward was verified; a module with anything that its block does not have is left
+alone, and the report says why.
 """
 
-import dis
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
-from types import CodeType, FunctionType
 
-import torch
-from einops import rearrange
-from torch import einsum, nn
+from torch import nn
 
-from ..kernels.functions import MAX_HEAD_DIM, MIN_HEAD_DIM
-from .modules import FusedAttention, FusedFeedForward, FusedPreNorm, takes_norm
-from .reference import Attention, FeedForward, PreNorm
+from .integrations import FORMS, form_of, handed, looks_like_a_block, remark, why_not, why_unknown
+from .integrations.blocks import Fused
+from .known import learn, name_of
+from .modules import FusedAttention, FusedFeedForward, FusedPreNorm
 
-__all__ = ["Block", "FuseReport", "fuse", "unfuse"]
+__all__ = ["Block", "FuseReport", "fuse", "fused_class", "fused_modules", "unfuse"]
 
-FUSED = (FusedAttention, FusedFeedForward, FusedPreNorm)
-NAMES = ("Attention", "FeedForward", "PreNorm")
+FUSED = (FusedAttention, FusedFeedForward, FusedPreNorm, Fused)
 
 
 @dataclass(frozen=True)
@@ -61,36 +57,40 @@ class FuseReport:
 
 
 def fuse(model: nn.Module, *, dry_run: bool = False, strict: bool = False) -> FuseReport:
-    """Swap each plain Attention, FeedForward and PreNorm in `model`, itself included, for its fused form, in place.
+    """Swap each block of `model` that is known, itself included, for its fused form, in place.
 
     With `dry_run` nothing is changed and the report is the same. Fusing a fused model again changes nothing, and the
     report counts what had been fused before.
     Raises TypeError if `model` is no nn.Module; ValueError, before anything is changed, if it has no block to swap and
     none that is fused already, or with `strict` if anything that looks like a block would be left as it is.
     """
-    report = FuseReport("would fuse" if dry_run else "fused", already=len(_fused_modules(model)))
-    classes = []
-    for name, module in model.named_modules():
-        cls = type(module)
-        if _is_fused(cls):
-            continue
-        form = _form(cls)
-        why_not = _why_not_class(module) if form is None else _why_not_instance(module, form)
-        if why_not is None:
-            report.swapped.append(Block(name, _name(cls), _remark(module)))
-            classes.append((module, _fused_class(cls, form)))
-        elif _looks_like_a_block(cls, form):
-            report.left.append(Block(name, _name(cls), why_not))
+    report = FuseReport("would fuse" if dry_run else "fused", already=len(fused_modules(model)))
+    learn()
+    modules = {name: module for name, module in model.named_modules() if not _is_fused(type(module))}
+    forms = {name: form_of(module) for name, module in modules.items()}
+    reasons = {name: why_not(modules[name], form) for name, form in forms.items() if form is not None}
+    takers = _handed_a_norm(model, modules, forms, reasons)
+    for name, module in modules.items():
+        cls, form = type(module), forms[name]
+        why = why_unknown(module) if form is None else reasons[name]
+        if why is None and form.in_block and id(module) not in takers:
+            why = "the block that holds it is not one that can be fused, and by itself there is nothing to fuse"
+        if why is None:
+            report.swapped.append(Block(name, name_of(cls), remark(module, form)))
+        elif looks_like_a_block(module, form):
+            report.left.append(Block(name, name_of(cls), why))
     if not report.swapped and not report.already:
         raise ValueError(
-            f"found nothing to fuse in {_name(type(model))}: looked for the blocks Attention, FeedForward and PreNorm "
-            f"of vitriton.vit, and for classes of the same form, such as vit-pytorch's before 1.4\n{report}"
+            f"found nothing to fuse in {name_of(type(model))}: looked for the blocks Attention, FeedForward and "
+            "PreNorm of vitriton.vit, for vit-pytorch's and copies of them, and for those of timm, transformers, "
+            f"torchvision and open_clip\n{report}"
         )
     if strict and report.left:
         raise ValueError(f"strict=True, and not every block can be fused; nothing was changed\n{report}")
     if not dry_run:
-        for module, fused in classes:
-            module.__class__ = fused
+        for block in report.swapped:
+            module = modules[block.name]
+            module.__class__ = fused_class(type(module), forms[block.name].fused)
     return report
 
 
@@ -101,12 +101,12 @@ def unfuse(model: nn.Module) -> FuseReport:
     vitriton.vit. A model without fused blocks is left as it is. Raises TypeError if `model` is no nn.Module.
     """
     report = FuseReport("unfused")
-    for name, module in _fused_modules(model).items():
-        report.swapped.append(Block(name, _name(type(module).plain)))
+    for name, module in fused_modules(model).items():
+        report.swapped.append(Block(name, name_of(type(module).plain)))
         module.__class__ = type(module).plain
     for name, module in model.named_modules():
         if isinstance(module, FUSED):
-            report.left.append(Block(name, _name(type(module)), "a subclass of a fused block has no plain class"))
+            report.left.append(Block(name, name_of(type(module)), "a subclass of a fused block has no plain class"))
     return report
 
 
@@ -115,22 +115,26 @@ def unfuse(model: nn.Module) -> FuseReport:
 
 
 @cache
-def _fused_class(plain, form):
+def fused_class(plain, form):
     """The class that `plain` is swapped for: a subclass of it, so that isinstance and all other methods stay."""
+    learn()
     if plain is form.plain:
         return form
-    return type(form.__name__, (form, plain), {"plain": plain, "__module__": __name__, "__reduce_ex__": _reduce})
+    return type(
+        form.__name__,
+        (form, plain),
+        {"plain": plain, "form": form, "__module__": form.__module__, "__reduce_ex__": _reduce},
+    )
 
 
 def _reduce(module, protocol):
     """Pickle and copy by the plain class, as a class that is made here cannot be found by its name."""
-    form = next(fused for fused in FUSED if isinstance(module, fused))
     _, _, *state = object.__reduce_ex__(module, protocol)
-    return _new, (type(module).plain, form), *state
+    return _new, (type(module).plain, type(module).form), *state
 
 
 def _new(plain, form):
-    fused = _fused_class(plain, form)
+    fused = fused_class(plain, form)
     return fused.__new__(fused)
 
 
@@ -139,228 +143,19 @@ def _is_fused(cls):
     return issubclass(cls, FUSED) and "plain" in vars(cls)
 
 
-def _fused_modules(model):
+def fused_modules(model):
+    """The fused blocks of `model`, by name. Raises TypeError if it is no nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     return {name: module for name, module in model.named_modules() if _is_fused(type(module))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which modules, and why not the others
-
-
-@cache
-def _form(cls):
-    """The fused block whose plain form `cls` has, or None."""
-    for form in FUSED:
-        if cls is form.plain:
-            return form
-        plain_class = cls.__bases__ == (nn.Module,) and cls.__call__ is nn.Module.__call__
-        if plain_class and any(_same_function(cls.forward, spelling) for spelling in SPELLINGS[form]):
-            return form
-    return None
-
-
-def _looks_like_a_block(cls, form):
-    # many a class that is no FeedForward has that forward, self.net(x)
-    return any(base.__name__ in NAMES for base in cls.__mro__) or form in (FusedAttention, FusedPreNorm)
-
-
-def _why_not_class(module):
-    for base in type(module).__mro__[1:]:
-        if _form(base) is not None or _is_fused(base):
-            return f"a subclass of {_name(base)} may mean something else"
-    why_not = "its forward is none of the known spellings of the plain block's"
-    if "norm" in module._modules and "fn" not in module._modules:
-        why_not += "; it has a norm of its own, as vit-pytorch's since 1.4"
-    return why_not
-
-
-def _why_not_instance(module, form):
-    """What is other in `module`, whose class has the form, than in the plain block; None if nothing."""
-    check, expected, allowed = CHECKS[form]
-    lacks = [name for name in expected if module._modules.get(name) is None]
-    if lacks:
-        return f"it has no {', no '.join(lacks)}"
-    others = [*module._modules, *module._parameters, *module._buffers]
-    others = [name for name in others if name not in expected and name not in allowed]
-    if others:
-        return f"it also has {', '.join(others)}"
-    if "forward" in vars(module):
-        return "its forward was replaced on this one module"
-    return check(module)
-
-
-def _why_not_attention(module):
-    heads, scale, to_qkv, to_out = module.heads, module.scale, module.to_qkv, module.to_out
-    if why_not := _unlike("attend", module.attend, nn.Softmax) or _unlike("to_qkv", to_qkv, nn.Linear):
-        return why_not
-    if module.attend.dim != -1:
-        return f"attend is a softmax over dim {module.attend.dim}, not -1"
-    if to_qkv.bias is not None:
-        return "to_qkv has a bias"
-    if type(heads) is not int or heads < 1 or to_qkv.out_features % (3 * heads):
-        return f"heads is {heads!r}, which does not divide to_qkv's {to_qkv.out_features} features into q, k and v"
-    if not MIN_HEAD_DIM <= to_qkv.out_features // (3 * heads) <= MAX_HEAD_DIM:
-        dim_head = to_qkv.out_features // (3 * heads)
-        return f"its head dim is {dim_head}, and the kernels take {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-    if type(scale) is not float:
-        return f"scale is a {type(scale).__name__}, not a float"
-    if "dropout" in module._modules and (why_not := _unlike("dropout", module.dropout, nn.Dropout)):
-        return why_not
-    return None if type(to_out) is nn.Identity else _unlike_sequence("to_out", to_out, nn.Linear, nn.Dropout)
-
-
-def _why_not_feed_forward(module):
-    return _unlike_sequence("net", module.net, nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout)
-
-
-def _why_not_pre_norm(module):
-    norm, fn = module.norm, module.fn
-    if why_not := _unlike("norm", norm, nn.LayerNorm):
-        return why_not
-    if len(norm.normalized_shape) != 1 or norm.bias is None:
-        return "norm is not over the last dim alone, or has no weight and bias"
-    form = _form(type(fn))
-    if takes_norm(fn) or (form in (FusedAttention, FusedFeedForward) and _why_not_instance(fn, form) is None):
-        return None
-    return f"its fn, {_name(type(fn))}, cannot be fused, so norm has no Linear to merge with"
-
-
-CHECKS = {  # with the children that must be there, and those that may
-    FusedAttention: (_why_not_attention, ("attend", "to_qkv", "to_out"), ("dropout",)),
-    FusedFeedForward: (_why_not_feed_forward, ("net",), ()),
-    FusedPreNorm: (_why_not_pre_norm, ("norm", "fn"), ()),
-}
-
-
-def _unlike(name, module, kind):
-    if type(module) is not kind:
-        return f"{name} is {_name(type(module))}, not nn.{kind.__name__}"
-    return None
-
-
-def _unlike_sequence(name, sequence, *kinds):
-    if why_not := _unlike(name, sequence, nn.Sequential):
-        return why_not
-    if len(sequence) != len(kinds):
-        return f"{name} has {len(sequence)} layers, not {', '.join(kind.__name__ for kind in kinds)}"
-    unlike = (_unlike(f"{name}.{i}", layer, kind) for i, (layer, kind) in enumerate(zip(sequence, kinds, strict=True)))
-    return next(filter(None, unlike), None)
-
-
-def _remark(module):
-    dropout = module._modules.get("dropout")
-    if dropout is None or not dropout.p:
-        return ""
-    return f"it drops attention weights (p={dropout.p}), so while training the plain formula runs"
-
-
-def _name(cls):
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _handed_a_norm(model, modules, forms, reasons):
+    """The modules, by id, that a block that is or will be fused hands a LayerNorm."""
+    blocks = [(module, forms[name]) for name, module in modules.items() if name in reasons and reasons[name] is None]
+    blocks += [(module, FORMS.get(name_of(type(module).plain))) for module in fused_modules(model).values()]
+    return {id(child) for module, form in blocks if form is not None for child in handed(module, form)}
 
 
 def _blocks(count):
     return f"{count} block" if count == 1 else f"{count} blocks"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same function
-
-
-def _same_function(function, spelling):
-    """Whether two functions do the same: the same instructions on the same globals, without default arguments."""
-    if type(function) is not FunctionType or function.__defaults__ or function.__kwdefaults__:
-        return False
-    if _instructions(function.__code__) != _instructions(spelling.__code__):
-        return False
-    names = _global_names(spelling.__code__)  # a builtin is in neither's globals
-    return all(function.__globals__.get(name) is spelling.__globals__.get(name) for name in names)
-
-
-def _instructions(code):
-    """What `code` takes and does; local variables by number, so that what they are called does not matter."""
-    steps = []
-    for step in dis.get_instructions(code):
-        value = step.argval
-        if isinstance(value, CodeType):
-            value = _instructions(value)
-        elif step.opcode in dis.haslocal or step.opcode in dis.hasfree:
-            value = step.arg
-        elif isinstance(value, str) and "<locals>" in value:  # what Python 3.10 calls a lambda: it names the class
-            value = None
-        steps.append((step.opname, type(value), value))
-    variadic = code.co_flags & (0x04 | 0x08)  # *args, **kwargs
-    return code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, variadic, tuple(steps)
-
-
-def _global_names(code):
-    nested = [_global_names(const) for const in code.co_consts if isinstance(const, CodeType)]
-    return {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}.union(*nested)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The spellings of forward that mean what the plain blocks mean. Compared, never called; those of attention are in the
-# order in which vit-pytorch had them.
-# ruff: noqa: C417
-
-
-def _attention_einsum(self, x):
-    _b, _n, _, h = *x.shape, self.heads
-    qkv = self.to_qkv(x).chunk(3, dim=-1)
-    q, k, v = map(lambda t: rearrange(t, "b n (h d) -> b h n d", h=h), qkv)
-    dots = einsum("b h i d, b h j d -> b h i j", q, k) * self.scale
-    attn = self.attend(dots)
-    out = einsum("b h i j, b h j d -> b h i d", attn, v)
-    out = rearrange(out, "b h n d -> b n (h d)")
-    return self.to_out(out)
-
-
-def _attention_einsum_dropout(self, x):
-    _b, _n, _, h = *x.shape, self.heads
-    qkv = self.to_qkv(x).chunk(3, dim=-1)
-    q, k, v = map(lambda t: rearrange(t, "b n (h d) -> b h n d", h=h), qkv)
-    dots = einsum("b h i d, b h j d -> b h i j", q, k) * self.scale
-    attn = self.attend(dots)
-    attn = self.dropout(attn)
-    out = einsum("b h i j, b h j d -> b h i d", attn, v)
-    out = rearrange(out, "b h n d -> b n (h d)")
-    return self.to_out(out)
-
-
-def _attention_matmul(self, x):
-    qkv = self.to_qkv(x).chunk(3, dim=-1)
-    q, k, v = map(lambda t: rearrange(t, "b n (h d) -> b h n d", h=self.heads), qkv)
-    dots = torch.matmul(q, k.transpose(-1, -2)) * self.scale
-    attn = self.attend(dots)
-    out = torch.matmul(attn, v)
-    out = rearrange(out, "b h n d -> b n (h d)")
-    return self.to_out(out)
-
-
-def _attention_matmul_dropout(self, x):
-    qkv = self.to_qkv(x).chunk(3, dim=-1)
-    q, k, v = map(lambda t: rearrange(t, "b n (h d) -> b h n d", h=self.heads), qkv)
-    dots = torch.matmul(q, k.transpose(-1, -2)) * self.scale
-    attn = self.attend(dots)
-    attn = self.dropout(attn)
-    out = torch.matmul(attn, v)
-    out = rearrange(out, "b h n d -> b n (h d)")
-    return self.to_out(out)
-
-
-def _pre_norm_without_keywords(self, x):
-    return self.fn(self.norm(x))
-
-
-SPELLINGS = {
-    FusedAttention: (
-        Attention.forward,
-        _attention_einsum,
-        _attention_einsum_dropout,
-        _attention_matmul,
-        _attention_matmul_dropout,
-    ),
-    FusedFeedForward: (FeedForward.forward,),
-    FusedPreNorm: (PreNorm.forward, _pre_norm_without_keywords),
-}

@@ -13,6 +13,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..kernels import layer_norm_linear, qkv_attention
 from ..kernels.ops import direct, direct_layer_norm_linear, direct_qkv_attention, linear
 from . import record
+from .known import is_layer_norm
+from .notes import NOT_MERGED, note
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
@@ -32,10 +34,13 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         if not self._only_softmax():
+            note(self, "something looks at the attention weights, or changes them")
             return self.plain.forward(self, x if norm is None else norm(x))
         directly = direct(x)
         qkv = None if norm is None else merged(x, norm, self.to_qkv, directly=directly)
         if qkv is None:
+            if norm is not None:
+                note(self, NOT_MERGED)
             qkv = self.to_qkv(x if norm is None else norm(x))
         if record.active:
             record.observe_qkv(self, qkv, self.heads, self.scale)
@@ -71,6 +76,7 @@ class FusedFeedForward(FeedForward):
             if untouched(gelu, nn.GELU):
                 hidden = merged(x, norm, first, ACTIVATIONS[gelu.approximate], directly=direct(x))
         if hidden is None:
+            note(self, NOT_MERGED)
             return self.plain.forward(self, norm(x))
         for module in rest:
             hidden = apply(module, hidden)
@@ -89,6 +95,7 @@ class FusedPreNorm(PreNorm):
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         fn = self.fn
         if kwargs or not takes_norm(fn) or not untouched(fn, type(fn)):
+            note(self, "fn is no fused block, has a hook, or was given keyword arguments")
             return self.plain.forward(self, x, **kwargs)
         return fn(x, norm=self.norm)
 
@@ -114,19 +121,26 @@ def idle(module):
     return untouched(module, nn.Dropout) and not (module.training and module.p)
 
 
-def merged(x, norm, fn, activation=None, *, directly=False):
-    """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same.
-
-    `directly` says what `direct(x)` does.
-    """
-    if not (untouched(norm, nn.LayerNorm) and untouched(fn, nn.Linear) and len(norm.normalized_shape) == 1):
+def merged(x, norm, fn, activation=None, *, directly=None):
+    """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same."""
+    if not untouched(fn, nn.Linear):
         return None
     # read from the dicts in which nn.Module keeps them: by attribute each takes a microsecond
-    norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     weight, bias = fn._parameters.get("weight"), fn._parameters.get("bias")
+    return merged_with(x, norm, weight, bias, activation, directly=directly)
+
+
+def merged_with(x, norm, weight, bias, activation=None, *, directly=None):
+    """activation(norm(x) weightᵀ + bias) in one call; None where that is not surely the same.
+
+    `directly` is what `direct(x)` says, if the caller knows.
+    """
+    if not (is_layer_norm(norm) and untouched(norm, type(norm)) and len(norm.normalized_shape) == 1):
+        return None
+    norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     if not (type(norm_weight) in PLAIN_TENSORS and type(norm_bias) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS):
         return None
-    if directly:
+    if direct(x) if directly is None else directly:
         y = direct_layer_norm_linear(x, norm_weight, norm_bias, weight, bias, norm.eps, activation)
         if y is not None:
             return y

@@ -1,0 +1,412 @@
+"""What fuse leaves alone in the libraries' models, and why; what runs the plain way for one call; what looks on.
+
+Numbers run on the native path.
+"""
+
+import copy
+import importlib
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from fused_blocks import called
+from library_models import build, open_clip_vit, timm_vit
+from torch import nn
+from vitriton.kernels import use_backend
+from vitriton.vit import explain, fuse, unfuse
+from vitriton.vit.known import KNOWN, digest, why_not_known
+
+X = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+
+
+@pytest.fixture(autouse=True)
+def native():
+    with use_backend("native"):
+        yield
+
+
+def left(model, **options):
+    return {block.name: block.reason for block in fuse(model, **options).left}
+
+
+def put(name, make):
+    """Put make(old) in the place of the submodule `name`."""
+
+    def alter(model):
+        parent, _, last = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, last, make(getattr(parent, last, None)))
+
+    return alter
+
+
+def subclass(module):
+    module.__class__ = type(f"My{type(module).__name__}", (type(module),), {})
+    return module
+
+
+def set_on(name, **values):
+    return lambda model: [setattr(model.get_submodule(name), key, value) for key, value in values.items()]
+
+
+LEFT = {
+    "timm attention": ("timm", put("blocks.0.attn", subclass), {"blocks.0.attn": "a subclass of timm.layers"}),
+    "timm block": ("timm", put("blocks.0", subclass), {"blocks.0": "a subclass of timm", "blocks.0.mlp": "the block"}),
+    "timm qkv": ("timm", put("blocks.0.attn.qkv", subclass), {"blocks.0.attn": "qkv is .*MyLinear, not nn.Linear"}),
+    "timm fc1": ("timm", put("blocks.1.mlp.fc1", subclass), {"blocks.1.mlp": "fc1 is .*MyLinear, not nn.Linear"}),
+    "timm scale": ("timm", set_on("blocks.0.attn", scale=1.0), {"blocks.0.attn": r"scale is 1.0, not head_dim"}),
+    "timm heads": ("timm", set_on("blocks.0.attn", num_heads=5), {"blocks.0.attn": "heads is 5, which does not"}),
+    "timm more": ("timm", put("blocks.0.attn.extra", lambda _: nn.Identity()), {"blocks.0.attn": "it also has extra"}),
+    "timm less": ("timm", lambda m: delattr(m.blocks[0], "ls1"), {"blocks.0": "it has no ls1", "blocks.0.mlp": "the"}),
+    "timm forward": (
+        "timm", set_on("blocks.0.attn", forward=lambda x, **_: x), {"blocks.0.attn": "its forward was replaced"},
+    ),
+    "timm norms": (
+        "timm", lambda m: [setattr(m.blocks[0], n, nn.RMSNorm(32)) for n in ("norm1", "norm2")],
+        {"blocks.0": "norm1 is .*RMSNorm, not nn.LayerNorm; norm2 is .*RMSNorm", "blocks.0.mlp": "the"},
+    ),
+    "transformers q_proj": (
+        "transformers ViT", put("model.vit.layers.0.attention.q_proj", subclass),
+        {"model.vit.layers.0.attention": "q_proj is .*MyLinear"},
+    ),
+    "transformers flash": (
+        "transformers ViT", lambda m: setattr(m.model.config, "_attn_implementation_internal", "flash_attention_2"),
+        {f"model.vit.layers.{i}.attention": "its attention implementation is flash_attention_2" for i in (0, 1)},
+    ),
+    "torchvision out_proj": (
+        "torchvision", put("encoder.layers.encoder_layer_0.self_attention.out_proj", subclass),
+        {"encoder.layers.encoder_layer_0.self_attention": "out_proj is .*MyNonDynamically"},
+    ),
+    "open_clip cross attention": (
+        "open_clip", set_on("transformer.resblocks.0.attn", add_zero_attn=True),
+        {"transformer.resblocks.0.attn": "it adds a key and a value of its own"},
+    ),
+    "vit-pytorch attend": (
+        "vit-pytorch", put("transformer.layers.0.0.attend", lambda _: nn.Sigmoid()),
+        {"transformer.layers.0.0": "attend is .*Sigmoid, not nn.Softmax"},
+    ),
+    "vit-pytorch norm": (
+        "vit-pytorch", put("transformer.layers.0.0.norm", lambda _: nn.RMSNorm(32)),
+        {"transformer.layers.0.0": "norm is .*RMSNorm, not nn.LayerNorm"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_left_alone_with_the_reason(case):
+    family, alter, expected = LEFT[case]
+    model = build(family)
+    alter(model)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    reasons = left(model)
+    assert reasons.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert re.match(reason, reasons[name]), reasons[name]
+        assert type(model.get_submodule(name)) is kinds[name]
+    unfuse(model)
+    with pytest.raises(ValueError, match="strict=True"):
+        fuse(model, strict=True)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_table_knows_what_is_installed(name):
+    """Where this fails a library has changed a forward: read it, and add its digest to KNOWN, or leave it out."""
+    module, _, cls = name.rpartition(".")
+    library = pytest.importorskip(module.partition(".")[0])
+    cls = getattr(importlib.import_module(module), cls)
+    assert why_not_known(cls) is None, f"{library.__name__} {library.__version__}: {digest(cls.forward)}"
+
+
+def test_another_forward_is_left_alone(monkeypatch):
+    layers = pytest.importorskip("timm.layers")
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return 2 * self.proj(x)
+
+    monkeypatch.setattr(layers.Attention, "forward", forward)
+    reasons = left(build("timm"))
+    assert reasons.keys() == {"blocks.0.attn", "blocks.1.attn"}
+    assert "is not the one that was verified (that of timm 1.0.31)" in reasons["blocks.0.attn"]
+
+
+def test_a_class_that_borrows_a_name_is_left_alone():
+    layers = pytest.importorskip("timm.layers")
+    cls = type("Attention", (layers.Attention,), {"__module__": "timm.layers.attention"})
+    model = build("timm")
+    model.blocks[0].attn.__class__ = cls
+    assert "it is not the class that timm.layers.attention has" in left(model)["blocks.0.attn"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "reason"),
+    [
+        ({"attn_layer": "diff"}, "blocks.0.attn", "it subtracts a second softmax"),
+        ({"block_fn": "ParallelScalingBlock"}, "blocks.0", "one Linear makes q, k, v and the MLP's input"),
+        ({"block_fn": "ResPostBlock"}, "blocks.0", "it normalises behind attention and MLP"),
+        ({"block_fn": "ParallelThingsBlock"}, "blocks.0", "its LayerNorms are in parallel branches"),
+    ],
+)
+def test_timm_classes_that_are_refused(options, name, reason):
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    if "block_fn" in options:
+        options = {"block_fn": getattr(vision_transformer, options["block_fn"])}
+    model = timm_vit(**options)
+    try:
+        report = str(fuse(model))
+    except ValueError as error:
+        report = str(error)
+    assert re.search(rf"  {name} \(.*{reason}", report), report
+
+
+def test_only_the_vision_tower_of_clip_attends_fused():
+    library = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    text, vision = {"vocab_size": 50, **sizes}, {"image_size": 16, "patch_size": 4, **sizes}
+    model = library.CLIPModel(library.CLIPConfig(text_config=text, vision_config=vision)).eval()
+    tokens = torch.tensor([[1, 2, 3, 49]])
+    expected = model(input_ids=tokens, pixel_values=X)
+    assert left(model) == {"text_model.encoder.layers.0.self_attn": "the text tower's attention is causal"}
+    result = model(input_ids=tokens, pixel_values=X)
+    torch.testing.assert_close(result.logits_per_image, expected.logits_per_image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One call the plain way
+
+
+def plain_reasons(explanation):
+    return {block.name: block.reason for block in explanation.plain}
+
+
+@pytest.mark.parametrize("mask", ["bool", "float", "is_causal"])
+def test_timm_masks(mask):
+    model, x = build("timm").blocks, torch.randn(2, 7, 32)
+    bools = torch.rand(7, 7) > 0.3
+    bools.fill_diagonal_(True)
+    named = {"bool": {"attn_mask": bools}, "float": {"attn_mask": torch.randn(7, 7)}, "is_causal": {"is_causal": True}}
+    expected = model[0](x, **named[mask])
+    fuse(model)
+    torch.testing.assert_close(model[0](x, **named[mask]), expected)
+    reasons = plain_reasons(explain(model[0], {"x": x, **named[mask]}))
+    assert reasons == {"attn": f"it was called with {next(iter(named[mask]))}"}
+    assert not plain_reasons(explain(model[0], x))
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_open_clip_masks(sequence_first):
+    block = open_clip_vit(sequence_first=sequence_first).transformer.resblocks[0].eval()
+    x = torch.randn(7, 2, 32) if sequence_first else torch.randn(2, 7, 32)
+    mask = torch.full((7, 7), -torch.inf).triu(1)
+    expected = [block(x, attn_mask=mask), block(x), block(x, k_x=x, v_x=x + 1)]
+    fuse(block)
+    for result, wanted in zip([block(x, attn_mask=mask), block(x), block(x, k_x=x, v_x=x + 1)], expected, strict=True):
+        torch.testing.assert_close(result, wanted)
+    assert plain_reasons(explain(block, {"q_x": x, "attn_mask": mask})) == {"attn": "it was called with a mask"}
+
+
+def test_weights_of_multihead_attention_can_be_had():
+    attention, x = build("torchvision").encoder.layers[0].self_attention, torch.randn(2, 7, 32)
+    model = build("torchvision")
+    fuse(model)
+    attention = model.encoder.layers[0].self_attention
+    out, weights = attention(x, x, x)
+    torch.testing.assert_close(attention(x, x, x, need_weights=False)[0], out)
+    assert weights.shape == (2, 7, 7) and attention(x, x, x, need_weights=False)[1] is None
+    unfuse(model)
+    torch.testing.assert_close(attention(x, x, x)[1], weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "family", ["transformers ViT", "transformers DINOv3", "transformers CLIP", "transformers SigLIP"]
+)
+def test_output_attentions(family):
+    model = build(family)
+    model.model.set_attn_implementation("eager")
+    expected = model.model(X, output_attentions=True, output_hidden_states=True)
+    fuse(model)
+    result = model.model(X, output_attentions=True, output_hidden_states=True)
+    assert len(result.attentions) == len(expected.attentions) == 2
+    torch.testing.assert_close(result.attentions, expected.attentions)
+    torch.testing.assert_close(result.hidden_states, expected.hidden_states)
+    assert called(model, X)["attention"] == 2  # the hooks that transformers left do not count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers, by name
+
+
+@pytest.mark.parametrize(
+    "family", ["transformers ViT", "transformers DINOv2", "transformers DINOv3", "transformers CLIP"]
+)
+def test_transformers_by_name(family):
+    pytest.importorskip("transformers")
+    from vitriton.vit.integrations.transformers import register
+
+    model = build(family)
+    expected = model(X)
+    register()
+    model.model.set_attn_implementation("vitriton")
+    assert called(model, X)["attention"] == 2
+    torch.testing.assert_close(model(X), expected)
+    out = model.model(X, output_attentions=True)
+    model.model.set_attn_implementation("eager")
+    plain = model.model(X, output_attentions=True)
+    assert len(out.attentions) == 2
+    torch.testing.assert_close(out.attentions, plain.attentions)
+
+
+def test_transformers_by_name_with_a_mask_and_dropout():
+    pytest.importorskip("transformers")
+    from vitriton.vit.integrations.transformers import register
+
+    register()
+    model = build("transformers ViT, attention dropout").model
+    mask = torch.ones(2, 17)
+    mask[:, 9:] = 0
+    expected = model(X, attention_mask=mask).logits
+    model.set_attn_implementation("vitriton")
+    torch.testing.assert_close(model(X, attention_mask=mask).logits, expected)
+    model.train()
+    torch.manual_seed(1)
+    dropped = model(X).logits
+    model.set_attn_implementation("sdpa")
+    torch.manual_seed(1)
+    assert torch.equal(model(X).logits, dropped)
+    fuse(model)
+    torch.testing.assert_close(model.eval()(X, attention_mask=mask).logits, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Those who look on
+
+
+@pytest.mark.parametrize("family", ["timm", "transformers ViT", "torchvision", "open_clip", "vit-pytorch"])
+def test_hooks_see_the_same(family):
+    plain = build(family)
+    fused = copy.deepcopy(plain)
+    seen = {}
+    for which, model in (("plain", plain), ("fused", fused)):
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda _, args, out, key=(which, name): seen.__setitem__(key, (args, out)))
+    fuse(fused)
+    with torch.no_grad():
+        plain(X)
+        fused(X)
+    assert [name for which, name in seen if which == "plain"] == [name for which, name in seen if which == "fused"]
+    for which, name in list(seen):
+        if which == "plain" and name:
+            for a, b in zip(seen["fused", name], seen["plain", name], strict=True):
+                a, b = ([t for t in leaves(pair) if t is not None] for pair in (a, b))
+                torch.testing.assert_close(a, b)
+
+
+def leaves(value):
+    return [t for t in torch.utils._pytree.tree_leaves(value) if t is None or isinstance(t, torch.Tensor)]
+
+
+def test_timm_attention_extract():
+    utils = pytest.importorskip("timm.utils")
+    model = build("timm")
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    expected = utils.AttentionExtract(copy.deepcopy(model), method="hook")(X)
+    fuse(model)
+    result = utils.AttentionExtract(model, method="hook")(X)
+    assert list(result) == list(expected) and len(result) == 2
+    for name in expected:
+        torch.testing.assert_close(result[name], expected[name])
+
+
+def test_vit_pytorch_recorder():
+    recorder = pytest.importorskip("vit_pytorch.recorder")
+    model = build("vit-pytorch")
+    _, expected = recorder.Recorder(copy.deepcopy(model))(X)
+    fuse(model)
+    _, result = recorder.Recorder(model)(X)
+    assert result.shape == (2, 2, 2, 17, 17)
+    torch.testing.assert_close(result, expected)
+
+
+def test_timm_attn_layer():
+    timm = pytest.importorskip("timm")
+    from vitriton.vit.integrations.timm import attention_layer
+
+    model = timm_vit(attn_layer=attention_layer(), attn_drop_rate=0.1).eval()
+    assert isinstance(model.blocks[0].attn, timm.layers.Attention)
+    assert called(model, X)["qkv_attention"] == 2
+    expected = model(X)
+    fuse(model)
+    torch.testing.assert_close(model(X), expected)
+    unfuse(model)
+    assert type(model.blocks[0].attn) is timm.layers.Attention
+    torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.parametrize("family", ["transformers ViT", "transformers DINOv3"])
+def test_transformers_gradient_checkpointing(family):
+    model = build(family).train()
+
+    def grads():
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(X).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    fuse(model)
+    expected = grads()
+    model.model.gradient_checkpointing_enable()
+    calls = []
+    layer = model.get_submodule("model.vit.layers.0" if "ViT" in family else "model.model.layer.0")
+    layer.attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(grads(), expected)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("family", ["timm", "transformers ViT", "torchvision", "open_clip", "vit-pytorch"])
+def test_copies(family, copied):
+    model = build(family)
+    expected = model(X)
+    fuse(model)
+    other = copied(model)
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(other(X), model(X))
+    unfuse(other)
+    assert torch.equal(other(X), expected)
+
+
+@pytest.mark.parametrize(
+    "family", ["timm", "timm, q and k norm", "torchvision", "open_clip, sequence first", "vit-pytorch"]
+)
+def test_compiled_to_one_graph(family, unguarded):
+    model = build(family)
+    fuse(model)
+    expected = model(X)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(X), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("family", ["timm", "transformers ViT", "torchvision", "open_clip", "vit-pytorch"])
+def test_autocast(family):
+    model = build(family)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(X)
+        fuse(model)
+        result = model(X)
+    with torch.no_grad():
+        gold = model.double()(X.double())
+    assert result.dtype == expected.dtype
+    assert (result - gold).abs().max() <= 2 * (expected - gold).abs().max() + 0.01 * gold.abs().max()
+
+
+def test_importing_vitriton_imports_no_library():
+    code = (
+        "import sys, vitriton.vit, vitriton.vit.integrations.transformers, vitriton.vit.cli, vitriton.vit.check_model\n"
+        "print([m for m in ('timm', 'transformers', 'torchvision', 'open_clip', 'vit_pytorch') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,85 @@
+"""What the fused blocks of all libraries share: how they attend, how they feed forward, and when they may not.
+
+A fused block of a library is a class of two bases: one of these files' classes, which has the forward, and the
+library's own class, `plain`, whose forward holds wherever the fused one cannot replace it.
+"""
+
+import torch.nn.functional as F
+
+from ...kernels import attention, qkv_attention
+from .. import record
+from ..known import gelu_of
+from ..modules import apply, merged, untouched
+from ..notes import NOT_MERGED, note
+
+
+class Fused:
+    """A fused block of a library. `plain` is the library's class."""
+
+    plain = None
+
+
+class TakesNorm(Fused):
+    """A fused block whose forward takes `norm`: a LayerNorm to apply to x first, together with the first Linear."""
+
+
+def with_norm(block, norm, x, *args, **kwargs):
+    """block(norm(x)), the block applying `norm` itself if it can."""
+    if isinstance(block, TakesNorm) and untouched(block, type(block)):
+        return block(x, *args, norm=norm, **kwargs)
+    return block(norm(x), *args, **kwargs)
+
+
+def asked_for(args, kwargs):
+    """What a block was called with beyond x, in words; None if nothing."""
+    for name, value in [*((f"argument {i}", a) for i, a in enumerate(args, 2)), *kwargs.items()]:
+        if value is not None and value is not False:
+            return f"it was called with {name}"
+    return None
+
+
+def attend_packed(module, qkv, heads, scale):
+    """Attention on qkv (B,N,3*H*D) -> (B,N,H*D)."""
+    if record.active:
+        q, k, _ = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+        record.observe(module, q, k, scale)
+    return qkv_attention(qkv, heads, scale=scale)
+
+
+def attend(module, q, k, v, scale):
+    """Attention on q, k, v (B,H,N,D) -> (B,N,H*D)."""
+    if record.active:
+        record.observe(module, q, k, scale)
+    return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
+def project(module, x, norm, fn, activation=None):
+    """activation(fn(norm(x))), in one call where that is surely the same; fn is a Linear, norm may be None."""
+    if norm is not None:
+        y = merged(x, norm, fn, activation)
+        if y is not None:
+            return y
+        note(module, NOT_MERGED)
+        x = norm(x)
+    y = apply(fn, x)
+    return y if activation is None else F.gelu(y, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
+
+
+def feed_forward(module, x, norm, layers):
+    """`layers` one after the other on norm(x); the first is a Linear, which `norm` and a GELU behind it join."""
+    first, act, *rest = layers
+    kind = gelu_of(act) if untouched(act, type(act)) else None
+    x = project(module, x, norm, first, kind)
+    if kind is None:
+        x = apply(act, x)
+    for layer in rest:
+        x = apply(layer, x)
+    return x
+
+
+def sequence_with_norm(module, sequence, norm, x):
+    """sequence(norm(x)), where `sequence` is an nn.Sequential that belongs to `module`."""
+    if not untouched(sequence, type(sequence)) or len(sequence) < 2:
+        note(module, "its MLP has a hook")
+        return sequence(norm(x))
+    return feed_forward(module, x, norm, sequence)
