@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import einsum, nn
 
 from ..kernels.functions import MAX_HEAD_DIM, MIN_HEAD_DIM
-from .modules import FusedAttention, FusedFeedForward, FusedPreNorm, takes_norm
+from .modules import FusedAttention, FusedFeedForward, FusedPreNorm, takes_norm, untouched
 from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["Block", "FuseReport", "fuse", "unfuse"]
@@ -77,7 +77,7 @@ def fuse(model: nn.Module, *, dry_run: bool = False, strict: bool = False) -> Fu
         form = _form(cls)
         why_not = _why_not_class(module) if form is None else _why_not_instance(module, form)
         if why_not is None:
-            report.swapped.append(Block(name, _name(cls), _remark(module)))
+            report.swapped.append(Block(name, _name(cls), _remark(module, form)))
             classes.append((module, _fused_class(cls, form)))
         elif _looks_like_a_block(cls, form):
             report.left.append(Block(name, _name(cls), why_not))
@@ -106,7 +106,10 @@ def unfuse(model: nn.Module) -> FuseReport:
         module.__class__ = type(module).plain
     for name, module in model.named_modules():
         if isinstance(module, FUSED):
-            report.left.append(Block(name, _name(type(module)), "a subclass of a fused block has no plain class"))
+            why_not = "a subclass of a fused block has no plain class"
+            if _is_sharded(type(module)):
+                why_not = f"{SHARDED}: unfuse a model that is not sharded, into which its state_dict loads"
+            report.left.append(Block(name, _name(type(module)), why_not))
     return report
 
 
@@ -166,7 +169,13 @@ def _looks_like_a_block(cls, form):
     return any(base.__name__ in NAMES for base in cls.__mro__) or form in (FusedAttention, FusedPreNorm)
 
 
+def _is_sharded(cls):
+    return any(base.__name__ == "FSDPModule" for base in cls.__mro__)  # by name: its import takes half a second
+
+
 def _why_not_class(module):
+    if _is_sharded(type(module)):
+        return f"{SHARDED}: fuse the model before it is sharded"
     for base in type(module).__mro__[1:]:
         if _form(base) is not None or _is_fused(base):
             return f"a subclass of {_name(base)} may mean something else"
@@ -233,6 +242,13 @@ CHECKS = {  # with the children that must be there, and those that may
     FusedPreNorm: (_why_not_pre_norm, ("norm", "fn"), ()),
 }
 
+SKIPPED = {  # the children that a fused call does not call
+    FusedAttention: ("attend", "to_qkv"),
+    FusedFeedForward: ("net", "net.0", "net.1"),
+    FusedPreNorm: ("norm", "fn"),
+}
+SHARDED = "fully_shard has given it a class of its own"
+
 
 def _unlike(name, module, kind):
     if type(module) is not kind:
@@ -249,11 +265,17 @@ def _unlike_sequence(name, sequence, *kinds):
     return next(filter(None, unlike), None)
 
 
-def _remark(module):
+def _remark(module, form):
+    remarks = []
     dropout = module._modules.get("dropout")
-    if dropout is None or not dropout.p:
-        return ""
-    return f"it drops attention weights (p={dropout.p}), so while training the plain formula runs"
+    if dropout is not None and dropout.p:
+        remarks.append(f"it drops attention weights (p={dropout.p}), so while training the plain formula runs")
+    children = {name: module.get_submodule(name) for name in SKIPPED[form]}
+    watched = [name for name, child in children.items() if not untouched(child, type(child))]
+    if watched:
+        why = "a hook (as a pruned Linear has) or a forward of its own"
+        remarks.append(f"{', '.join(watched)} has {why}: it is called, and not merged, while that is there")
+    return "; ".join(remarks)
 
 
 def _name(cls):
