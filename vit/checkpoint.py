@@ -94,8 +94,9 @@ def save(path, content):
         with open(temporary, "wb") as file:
             try:
                 torch.save({"format": FORMAT} | content, file)
-            except RuntimeError as error:  # what PyTorch makes of an OSError of write()
-                raise OSError(str(error).splitlines()[0]) from error
+            except RuntimeError as error:  # PyTorch's own, of a file that is too short because a write() failed
+                failure = error.__context__
+                raise failure if isinstance(failure, OSError) else OSError(str(error)) from error
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

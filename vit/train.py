@@ -294,8 +294,8 @@ class Training:
         }
         self.history["epochs"].append(record)
         return (
-            f"epoch {record['epoch']} of {self.args.epochs}, loss {record['training_loss']:.3f}, "
-            f"held out {record['held_out_loss']:.3f}, right on {record['held_out_right']:.1%}"
+            f"epoch {record['epoch']}/{self.args.epochs}, loss {record['training_loss']:.3f}, "
+            f"held out {record['held_out_loss']:.3f}, {record['held_out_right']:.1%} right"
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -320,8 +320,8 @@ class Training:
                 save(self.file.with_name("model.pt"), about | {"model": state["model"]})
             self.not_saved = []
         except OSError as error:
-            self.not_saved.append(str(error))
-            self.console.say(f"  NOT SAVED after step {self.step}: {error}; an earlier checkpoint stays as it was")
+            self.not_saved.append(f"{self.file}: {error.strerror or error}")
+            self.console.say(f"  NOT SAVED after step {self.step}, {self.not_saved[-1]}; the last checkpoint is kept")
         if self.step == self.steps or time.perf_counter() - self.curve_at > CURVE_EVERY:
             self.curve_at = time.perf_counter()
             self.draw()
@@ -340,7 +340,7 @@ class Training:
                 training=f"training (labels smoothed by {smoothing:g})" if smoothing else "training",
             )
         except OSError as error:
-            self.console.say(f"  cannot write {path}: {error}")
+            self.console.say(f"  cannot write {path}: {error.strerror or error}")
 
     def finish(self, first_step):
         seconds, last = time.perf_counter() - self.started, self.history["epochs"][-1]
