@@ -84,6 +84,14 @@ def equal(a, b):
     return a == b
 
 
+def assert_same_gradients(out, other):
+    """That AdamW has the same averages of gradients: steps and losses do not tell if all are twice as large."""
+    states = [read_checkpoint(folder / "checkpoint.pt")["optimizer"]["state"] for folder in (out, other)]
+    averages = [{name: state["exp_avg"] for name, state in each.items()} for each in states]
+    assert max(average.abs().max() for average in averages[1].values()) > 1e-3
+    torch.testing.assert_close(*averages, rtol=1e-3, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it learns and writes
 
@@ -142,6 +150,7 @@ def test_accumulation_and_half_precision(pictures, tmp_path, capsys):
         assert run(capsys, *args)[0] == 0
         losses[name] = torch.tensor(json.loads(log.read_text())["losses"])
     torch.testing.assert_close(losses["parts"], losses[""], rtol=1e-4, atol=1e-5)
+    assert_same_gradients(tmp_path / "outparts", tmp_path / "out")
     torch.testing.assert_close(losses["bf16"], losses[""], rtol=0.05, atol=0.05)
     assert not torch.equal(losses["bf16"], losses[""])
 
@@ -168,8 +177,8 @@ def test_every_option_of_the_sizes():
 
 
 def test_a_killed_training_goes_on_to_the_last_bit(pictures, tmp_path):
-    """Killed with SIGKILL: with dropout, a scaler's scale, micro-batches and other numbers of loaders, everything in the
-    last checkpoint is what it is without the kill."""
+    """Killed with SIGKILL: with dropout, a scaler's scale, micro-batches and other numbers of loaders, everything in
+    the last checkpoint is what it is without the kill."""
     how = [
         *SMALL,
         *SHORT[:2],
@@ -320,6 +329,7 @@ def test_two_processes_have_the_losses_of_one(parallel, pictures, tmp_path, caps
     assert two["skipped"] == one["skipped"] and two["accuracy"] == one["accuracy"]
     (one, _), (two, _) = (load_trained(tmp_path / name / "model.pt") for name in ("one", "two"))
     torch.testing.assert_close(two.state_dict(), one.state_dict(), rtol=1e-4, atol=1e-5)
+    assert_same_gradients(tmp_path / "two", tmp_path / "one")
     # and the checkpoint of two processes loads into one
     code, text, _ = run(capsys, *how, tmp_path / "one.json", "--out", tmp_path / "two", "--resume")
     assert code == 0 and "not to the last bit what it would have been without the break: " in text
