@@ -98,6 +98,84 @@ examples:
     )
 
 
+def add_train(subparsers):
+    parser = _add(
+        subparsers,
+        "train",
+        summary="train a ViT on your own pictures, fused by default, on one device or many",
+        description="""\
+Train a Vision Transformer on DATA: a folder that has a folder of pictures for each class, or `digits`, scikit-learn's.
+AdamW, a cosine schedule behind a warm-up, random crops and mirror images, label smoothing. A fifth of each class is
+held out, always the same pictures. Into the folder --out go
+  checkpoint.pt   after each epoch, all that --resume needs to go on; whole even if the training is killed or the disk
+                  is full. On a CPU the rest of the training is what it would have been, to the last bit
+  model.pt        at the end, the state_dict of the plain model and the names of the classes; to use it:
+                  from vitriton.vit.checkpoint import load_trained; model, classes = load_trained("DIR/model.pt")
+  curve.png       losses and right answers
+A picture that cannot be read is named and skipped, and the end says how many were.
+
+Under torchrun the same training is shared among the processes that it starts: the same batches, and the same losses up
+to rounding, whatever their number. It has been tested on CPUs only.""",
+        examples="""\
+examples:
+  vitriton train digits                                       a minute on one core
+  vitriton train photos --model ti --image-size 64 --patch-size 8 --epochs 100
+  vitriton train photos --model timm:vit_tiny_patch16_224 --plain --out plain
+  vitriton train photos --resume                              go on after a kill, with the same options
+  torchrun --nproc_per_node 2 -m vitriton.vit.cli train photos --parallel fsdp""",
+        zero="trained, and all was saved",
+        one="trained, and the end could not be saved",
+        run=_run_train,
+    )
+    count, size = _positive(int), {"type": _positive(int), "metavar": "N"}
+    parser.add_argument("data", metavar="DATA", help="a folder of class folders, or digits")
+    parser.add_argument("--out", default="vitriton-train", metavar="DIR", help="the folder to write to (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        type=_model_name,
+        help="tiny (the demo's; for digits the default), ti (default), s, b, l, h, or a model of timm's: timm:NAME",
+    )
+    model.add_argument("--plain", dest="fused", action="store_false", help="do not fuse it, for comparison")
+    model.add_argument("--image-size", **size, help="pixels, a multiple of the patch's (default: 224; digits: 8)")
+    model.add_argument("--patch-size", **size, help="pixels (default: the model's)")
+    for name in ("dim", "depth", "heads"):
+        model.add_argument(f"--{name}", **size, help="(default: the model's)")
+    model.add_argument("--dropout", type=_share, default=0.0, metavar="P", help="in the blocks (default: %(default)s)")
+    how = parser.add_argument_group("training")
+    how.add_argument("--epochs", type=count, default=40, metavar="N", help="(default: %(default)s)")
+    how.add_argument("--batch", type=count, default=64, metavar="N", help="pictures in a step (default: %(default)s)")
+    how.add_argument("--accumulate", type=count, default=1, metavar="N", help="of N parts each (default: %(default)s)")
+    how.add_argument(
+        "--lr",
+        type=_positive(float),
+        default=1e-3,
+        metavar="X",
+        help="the highest rate (default: %(default)s)",
+    )
+    how.add_argument("--warm-up", type=_share, default=0.1, metavar="X", help="of all steps (default: %(default)s)")
+    how.add_argument("--weight-decay", type=_not_negative, default=0.05, metavar="X", help="(default: %(default)s)")
+    how.add_argument("--label-smoothing", type=_share, default=0.1, metavar="X", help="(default: %(default)s)")
+    how.add_argument("--no-augment", dest="augment", action="store_false", help="show every picture as it is")
+    how.add_argument("--no-flip", dest="flip", action="store_false", help="make no mirror images (of text, say)")
+    how.add_argument(
+        "--held-out",
+        type=_share_or_folder,
+        default=0.2,
+        metavar="X",
+        help="share of each class that is held out, or a folder with other pictures of the same classes (%(default)s)",
+    )
+    how.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of autocast (default: bf16; on a CPU fp32)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, crops (default: %(default)s)")
+    how.add_argument("--save-every", **size, help="steps between checkpoints, besides one after each epoch")
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or xpu (default: %(default)s)")
+    where.add_argument("--workers", type=_at_least_0, metavar="N", help="that read pictures (default: up to 4)")
+    where.add_argument("--parallel", choices=("ddp", "fsdp"), help="under torchrun (default: ddp)")
+
+
 def add_check(subparsers):
     parser = _add(
         subparsers,
@@ -266,7 +344,7 @@ examples:
     parser.add_argument("--seed", type=int, default=0, help="of random weights and of the demo's training (default: 0)")
 
 
-SUBCOMMANDS = (add_demo, add_check, add_doctor, add_compile, add_look)
+SUBCOMMANDS = (add_demo, add_train, add_check, add_doctor, add_compile, add_look)
 
 
 def _run_look(args):
@@ -279,6 +357,12 @@ def _run_demo(args):
     from .demo import demo
 
     return demo(args)
+
+
+def _run_train(args):
+    from .train import train
+
+    return train(args)
 
 
 def _run_check(args):
@@ -324,10 +408,32 @@ def _at_least_0(text):
     return value
 
 
+def _not_negative(text):
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
+
+
 def _share(text):
     if not 0 <= (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and less than 1")
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1, or is 1")
     return value
+
+
+def _share_or_folder(text):
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _model_name(text):
+    if not text.startswith("timm:") and text not in ("tiny", "ti", "s", "b", "l", "h"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of tiny, ti, s, b, l, h and timm:NAME")
+    return text
 
 
 def _positive(kind):

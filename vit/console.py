@@ -16,11 +16,17 @@ class Problem(Exception):
 
 
 class Console:
-    """Where a command writes. `json_file` is None, a path, or "-" for stdout: then the text goes to stderr."""
+    """Where a command writes. `json_file` is None, a path, or "-" for stdout: then the text goes to stderr.
 
-    def __init__(self, json_file=None):
-        self.json_file = json_file
+    A `silent` one writes nothing: of several processes with the same task one speaks.
+    """
+
+    def __init__(self, json_file=None, silent=False):
+        self.json_file = None if silent else json_file
         self.stream = sys.stderr if json_file == "-" else sys.stdout
+        if silent:
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+            return
         if json_file not in (None, "-"):
             check_writable(json_file, "--json")
 

@@ -38,6 +38,13 @@ def demo(args):
     console = Console(args.json)
     device = pick_device(args.device)
     console.say(f"vitriton {version()}, PyTorch {torch.__version__}, on {describe(device)}")
+    with usable_backend(console, device):
+        return run(args, console, device, started)
+
+
+@contextmanager
+def usable_backend(console, device):
+    """The backend that was chosen, but not Triton's interpreter. Raises Problem if it cannot run."""
     backend = chosen_backend()
     if INTERPRET and backend != "native":
         backend = "native"
@@ -47,7 +54,7 @@ def demo(args):
             explain(torch.empty(0, device=device))
         except RuntimeError as error:
             raise Problem(f"{error}; unset VITRITON_BACKEND") from error
-        return run(args, console, device, started)
+        yield
 
 
 def run(args, console, device, started):
@@ -203,11 +210,11 @@ def train(model, images, labels, args, console):
     return {"epochs": step / steps * epochs, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def schedule(done):
+def schedule(done, warm_up=WARM_UP):
     """The share of the learning rate at this point in [0, 1] of the training: up in a line, down in a cosine."""
-    if done < WARM_UP:
-        return 0.05 + 0.95 * done / WARM_UP
-    return 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
+    if done < warm_up:
+        return 0.05 + 0.95 * done / warm_up
+    return 0.5 + 0.5 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
 
 
 def moved(images, generator):
@@ -234,8 +241,11 @@ def few_threads(device):
 
 
 @contextmanager
-def progress_bar(console):
-    """Yields show(done in [0, 1], what was just done or None): a bar on a terminal, else a line every tenth."""
+def progress_bar(console, lines=10):
+    """Yields show(done in [0, 1], what was just done or None): a bar on a terminal, else at most so many lines.
+
+    What the console is to say meanwhile goes above the bar.
+    """
     if console.stream.isatty():
         from rich.console import Console as Terminal
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -249,14 +259,18 @@ def progress_bar(console):
         )
         with Progress(*columns, console=Terminal(file=console.stream)) as progress:
             task = progress.add_task("", total=1.0)
-            yield lambda done, what: progress.update(task, completed=done, description=what)
+            console.say = lambda text="": progress.console.out(text, highlight=False)
+            try:
+                yield lambda done, what: progress.update(task, completed=done, description=what)
+            finally:
+                del console.say
     else:
-        tenths = 0
+        said = 0
 
         def show(done, what):
-            nonlocal tenths
-            if what is not None and int(10 * done) > tenths:
-                tenths = int(10 * done)
+            nonlocal said
+            if what is not None and int(lines * done + 1e-9) > said:
+                said = int(lines * done + 1e-9)
                 console.say(f"  {min(done, 1):4.0%}  {what}")
 
         yield show

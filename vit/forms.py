@@ -30,6 +30,7 @@ class Form:
     why_not: Callable[[nn.Module], str | None] = _nothing
     remark: Callable[[nn.Module], str | None] = _nothing
     norms: tuple[tuple[str, str], ...] = ()
+    skips: tuple[str, ...] = ()  # the submodules that the fused call does not call
     in_block: bool = False  # to be swapped only where a block hands it a LayerNorm
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .integrations import FORMS, form_of, handed, looks_like_a_block, remark, why_not, why_unknown
 from .integrations.blocks import Fused
-from .known import learn, name_of
+from .known import SHARDED, is_sharded, learn, name_of
 from .modules import FusedAttention, FusedFeedForward, FusedPreNorm
 
 __all__ = ["Block", "FuseReport", "fuse", "fused_class", "fused_modules", "unfuse"]
@@ -106,7 +106,10 @@ def unfuse(model: nn.Module) -> FuseReport:
         module.__class__ = type(module).plain
     for name, module in model.named_modules():
         if isinstance(module, FUSED):
-            report.left.append(Block(name, name_of(type(module)), "a subclass of a fused block has no plain class"))
+            why = "a subclass of a fused block has no plain class"
+            if is_sharded(type(module)):
+                why = f"{SHARDED}: unfuse a model that is not sharded, into which its state_dict loads"
+            report.left.append(Block(name, name_of(type(module)), why))
     return report
 
 

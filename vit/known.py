@@ -118,6 +118,13 @@ LAYER_NORMS = {nn.LayerNorm}
 GELUS = {}  # class -> activation of layer_norm_linear
 
 
+SHARDED = "fully_shard has given it a class of its own"
+
+
+def is_sharded(cls):
+    return any(base.__name__ == "FSDPModule" for base in cls.__mro__)  # by name: its import takes half a second
+
+
 def name_of(cls):
     return f"{cls.__module__}.{cls.__qualname__}"
 

@@ -2,7 +2,8 @@
 
 Each is its plain block with another forward: the same arguments, parameters, state_dict keys, submodules and dropout.
 Where a submodule that the fused call would skip is not what it was (a hook, a forward of its own, another class: LoRA,
-quantised, parametrised), the modules are called one by one as in the plain block, so hooks see what they always saw.
+quantised, parametrised; pruned Linears and those that fully_shard shards by themselves have hooks), or a tensor is of
+another class (DTensor), the modules are called one by one as in the plain block, so hooks see what they always saw.
 A hook on every module (torch.nn.modules.module.register_module_forward_hook, torch's FlopCounterMode) counts as such.
 """
 
@@ -33,7 +34,7 @@ class FusedAttention(Attention):
     plain = Attention  # whose forward holds wherever this one cannot replace it
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        if not self._only_softmax():
+        if type(x) not in PLAIN_TENSORS or not self._only_softmax():
             note(self, "something looks at the attention weights, or changes them")
             return self.plain.forward(self, x if norm is None else norm(x))
         directly = direct(x)

@@ -7,7 +7,8 @@ among the libraries' classes by the table of ../known.py.
 from torch import nn
 
 from ..forms import unlike, unlike_layer_norm, why_not_swap
-from ..known import KNOWN, REFUSED, name_of, why_not_known
+from ..known import KNOWN, REFUSED, SHARDED, is_sharded, name_of, why_not_known
+from ..modules import untouched
 from . import multihead, open_clip, timm, torchvision, transformers, vit_pytorch
 from .blocks import TakesNorm
 
@@ -38,8 +39,17 @@ def why_not(module, form):
 
 def remark(module, form):
     """What a user should know of a module that is swapped; "" if nothing."""
-    remarks = [_why_not_hand(module, *pair) for pair in form.norms] + [form.remark(module)]
+    remarks = [_why_not_hand(module, *pair) for pair in form.norms] + [form.remark(module), _watched(module, form)]
     return "; ".join(filter(None, remarks))
+
+
+def _watched(module, form):
+    children = {name: module.get_submodule(name) for name in form.skips}
+    names = ", ".join(name for name, child in children.items() if not untouched(child, type(child)))
+    if names:
+        why = "a hook (as a pruned Linear has) or a forward of its own"
+        return f"{names} has {why}: it is called, and not merged, while that is there"
+    return None
 
 
 def handed(module, form):
@@ -51,6 +61,8 @@ def why_unknown(module):
     """Why `module`, whose class has no form, is left as it is."""
     cls = type(module)
     name = name_of(cls)
+    if is_sharded(cls):
+        return f"{SHARDED}: fuse the model before it is sharded"
     if name in REFUSED:
         return REFUSED[name]
     if name in FORMS:

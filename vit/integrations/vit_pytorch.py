@@ -127,13 +127,18 @@ def _why_not_pre_norm(module):
     return f"its fn, {name_of(type(fn))}, cannot be fused, so norm has no Linear to merge with"
 
 
-ATTENTION = Form(FusedAttention, ("attend", "to_qkv", "to_out"), ("dropout",), _why_not_attention, _drops)
-FEED_FORWARD = Form(FusedFeedForward, ("net",), (), _why_not_feed_forward)
-PRE_NORM = Form(FusedPreNorm, ("norm", "fn"), (), _why_not_pre_norm)
-NORM_ATTENTION = Form(
-    FusedNormAttention, ("norm", "attend", "to_qkv", "to_out"), ("dropout",), _why_not_norm_attention, _drops
+ATTENTION = Form(
+    FusedAttention, ("attend", "to_qkv", "to_out"), ("dropout",), _why_not_attention, _drops, skips=("attend", "to_qkv")
 )
-NORM_FEED_FORWARD = Form(FusedNormFeedForward, ("net",), (), _why_not_norm_feed_forward)
+FEED_FORWARD = Form(FusedFeedForward, ("net",), (), _why_not_feed_forward, skips=("net", "net.0", "net.1"))
+PRE_NORM = Form(FusedPreNorm, ("norm", "fn"), (), _why_not_pre_norm, skips=("norm", "fn"))
+NORM_ATTENTION = Form(
+    FusedNormAttention, ("norm", "attend", "to_qkv", "to_out"), ("dropout",), _why_not_norm_attention, _drops,
+    skips=("norm", "attend", "to_qkv"),
+)  # fmt: skip
+NORM_FEED_FORWARD = Form(
+    FusedNormFeedForward, ("net",), (), _why_not_norm_feed_forward, skips=("net", "net.0", "net.1", "net.2")
+)
 PLAIN = (ATTENTION, FEED_FORWARD, PRE_NORM)
 
 
