@@ -184,7 +184,75 @@ examples:
     parser.add_argument("--rows", type=_at_least_0, default=40, help="of the table; 0 shows all (default: %(default)s)")
 
 
-SUBCOMMANDS = (add_demo, add_check, add_doctor, add_compile)
+def add_bench(subparsers):
+    parser = _add(
+        subparsers,
+        "bench",
+        summary="speed and memory of whole ViTs and of single functions, beside other implementations",
+        description="""\
+Time whole ViTs, or single functions, beside every other implementation that is installed: the plain model, PyTorch's
+SDPA, timm, torch.compile, ONNX Runtime and OpenVINO run the same weights on the same images, in this process, in turns.
+Each answer is held to the plain formula in float64 first: who answers wrongly is reported, and not timed. What is not
+installed, or does not run here, is named with the reason.
+Without arguments: ViT-Ti (on a GPU ViT-B), and attention against the number of tokens, in some minutes, with pictures.
+Lists are written with commas.""",
+        examples="""\
+examples:
+  vitriton bench                                                a table and pictures, in vitriton-bench/
+  vitriton bench --model vit_b16 --batch 1,8 --dtype bf16 --compare sdpa,compile,timm,onnxruntime,openvino
+  vitriton bench --model vit_s16 --batch 16 --step train --compare compile,timm
+  vitriton bench --function attention --model b --tokens 197,1025 --compare sdpa
+  vitriton bench --model ti --compare timm:ghostnet_100         another network at equal input
+  vitriton bench --cost                                         parameters, operations and memory, by counting
+  vitriton bench --model b --json now.json --compare all,old.json      what became slower than the noise""",
+        zero="everything was measured, and vitriton's answers are right",
+        one="an answer of vitriton's is wrong, or it became slower than in the run given to --compare",
+        run=_run_bench,
+    )
+    parser.add_argument("--model", metavar="LIST", help="sizes: ti, s, b, l, h, so400m, g, as in vit_b16 or vit_h14")
+    parser.add_argument(
+        "--function",
+        metavar="LIST",
+        help="functions, instead of whole models: attention, qkv_attention, layer_norm_linear, layer_norm_linear_gelu, "
+        "block, or all",
+    )
+    parser.add_argument("--batch", metavar="LIST", help="images at a time (default: 1, on a GPU 64)")
+    parser.add_argument("--tokens", metavar="LIST", help="for functions (default: 50,197,257,577,1025)")
+    parser.add_argument(
+        "--image-size", type=_positive(int), default=224, metavar="PX", help="of models (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", metavar="LIST", help="fp32, bf16, fp16 (default: fp32,bf16, on a GPU bf16)")
+    parser.add_argument(
+        "--step",
+        choices=("forward", "train", "both"),
+        default="forward",
+        help="inference, or forward, loss and all gradients (in half precision under autocast), or both",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="LIST",
+        help="whom to run beside vitriton and plain: sdpa, timm, compile, compile-max, onnxruntime, openvino, "
+        "timm:NAME, of functions also flexattention, flash-attn, xformers; or all (default). A file of --json: "
+        "say what became slower than in that run",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, xpu; auto takes a GPU if there is one (default: auto)"
+    )
+    parser.add_argument(
+        "--seconds", type=_positive(float), default=2.0, metavar="S", help="of calls for each rival (default: 2)"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write a line for each rival to FILE")
+    parser.add_argument(
+        "--plot",
+        metavar="DIR",
+        help="the folder of the pictures (default: vitriton-bench, if matplotlib is installed; '' draws none)",
+    )
+    parser.add_argument(
+        "--cost", action="store_true", help="count, and measure nothing; --model, --batch, --dtype hold"
+    )
+
+
+SUBCOMMANDS = (add_demo, add_check, add_doctor, add_compile, add_bench)
 
 
 def _run_demo(args):
@@ -203,6 +271,12 @@ def _run_doctor(args):
     from .doctor import doctor
 
     return doctor(args)
+
+
+def _run_bench(args):
+    from .bench.run import bench
+
+    return bench(args)
 
 
 def _run_compile(args):

@@ -4,11 +4,12 @@ import importlib.util
 import json
 import os
 import sys
+from contextlib import contextmanager
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
-__all__ = ["Console", "Problem", "check_writable", "require", "version"]
+__all__ = ["Console", "Problem", "check_writable", "progress_bar", "require", "version"]
 
 
 class Problem(Exception):
@@ -48,6 +49,35 @@ class Console:
             Path(self.json_file).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             self.say(f"wrote {self.json_file}")
         return 0 if ok else 1
+
+
+@contextmanager
+def progress_bar(console, what, *, transient=False):
+    """Yields show(done in [0, 1], what was just done or None): a bar on a terminal, else a line every tenth."""
+    if console.stream.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn(f"  {what}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=Terminal(file=console.stream), transient=transient) as progress:
+            task = progress.add_task("", total=1.0)
+            yield lambda done, what: progress.update(task, completed=done, description=what)
+    else:
+        tenths = 0
+
+        def show(done, what):
+            nonlocal tenths
+            if what is not None and int(10 * done) > tenths:
+                tenths = int(10 * done)
+                console.say(f"  {min(done, 1):4.0%}  {what}")
+
+        yield show
 
 
 def version():

@@ -1,0 +1,61 @@
+"""The ceilings of a roofline (Williams, Waterman and Patterson 2009), measured: matrix products and copies."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ..timing import CPUClock, GPUClock
+
+__all__ = ["ceilings"]
+
+SIDES_CPU, SIDES_GPU = (512, 1024, 2048), (4096, 8192)
+COPY = 2**28  # bytes: more than any last-level cache holds of a source and a target
+CACHED = 2**18  # bytes: a source and a target fit beside each other into the caches of one core
+SECONDS = 0.3
+
+
+def ceilings(device, dtypes):
+    """{"products": {dtype: floating-point operations/s}, "copy": bytes/s of memory, "cached copy": of the caches, None
+    on a GPU}. A copy counts what it reads and what it writes. Each is the best of what PyTorch offers here."""
+    clock = CPUClock() if device.type == "cpu" else GPUClock(device)
+    products = {}
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        products[name] = max(
+            2 * side**3 / fastest(clock, product)
+            for side in (SIDES_CPU if device.type == "cpu" else SIDES_GPU)
+            for product in ways(side, dtype, device)
+        )
+    cached = None if device.type != "cpu" else 2 * CACHED / fastest(clock, copying(CACHED, device))
+    return {"products": products, "copy": 2 * COPY / fastest(clock, copying(COPY, device)), "cached copy": cached}
+
+
+def copying(size, device):
+    source, target = (
+        torch.ones(size, dtype=torch.uint8, device=device),
+        torch.empty(size, dtype=torch.uint8, device=device),
+    )
+    return partial(target.copy_, source)
+
+
+def ways(side, dtype, device):
+    """Functions that multiply two square matrices: F.linear, and on a CPU oneDNN with its weight packed beforehand."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    yield partial(F.linear, a, b)
+    ops = torch.ops.mkldnn
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise"):
+        try:
+            packed = ops._reorder_linear_weight(b.to_mkldnn(), side)
+            way = partial(ops._linear_pointwise, a, packed, None, "none", [], "")
+            way()
+        except RuntimeError:  # not in this dtype, or not in this build
+            return
+        yield way
+
+
+def fastest(clock, call):
+    """The seconds of the fastest call in about SECONDS of them."""
+    clock.settle()
+    first = min(clock.time(call, 3))
+    return min(first, *clock.time(call, max(3, int(SECONDS / first))))
