@@ -5,7 +5,7 @@ Counts and spills are those of kernels compiled ahead of time by aot.py; nothing
 
 from dataclasses import dataclass, replace
 
-from .launch import cdiv, next_power_of_2, tail
+from .launch import Chip, cdiv, next_power_of_2, tail
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ TABLE = (
 
 
 def tiles(kernel, chip, dtype, head_dim=0):
-    """The first row of the table for this launch."""
+    """What `vitriton tune` found best on this card; else the first row of the table for this launch."""
+    if isinstance(chip, Chip) and (tuned := chip.winners.get((kernel, dtype, head_dim))):
+        return tuned
     for row in TABLE:
         if (
             row.kernel == kernel
@@ -87,6 +89,11 @@ def tiles(kernel, chip, dtype, head_dim=0):
         ):
             return row.tiles
     raise LookupError(f"no tiles for {kernel} on {chip} with {dtype} and head dim {head_dim}")
+
+
+def splits(chip, weight):
+    """Whether `vitriton tune` found that LayerNorm and a Linear of this weight are faster one by one on this card."""
+    return isinstance(chip, Chip) and ("split", weight.dtype, tuple(weight.shape)) in chip.winners
 
 
 def product_tiles(chip, dtype, align):

@@ -252,7 +252,37 @@ examples:
     )
 
 
-SUBCOMMANDS = (add_demo, add_check, add_doctor, add_compile, add_bench)
+def add_tune(subparsers):
+    parser = _add(
+        subparsers,
+        "tune",
+        summary="on a GPU: find the fastest tiles of each kernel for your shapes, and keep them",
+        description="""\
+Measure, on this GPU and for the shapes given, the tiles that each kernel can run with, from those of the table uphill,
+and LayerNorm + Linear in one kernel beside PyTorch's two. Answers are checked before anything is timed. What is faster
+by more than the noise is kept in a file for this card, this version of Triton and this table, in VITRITON_CACHE_DIR or
+the user's cache folder; every later launch on this card takes it. To forget it, remove the file (`vitriton doctor`
+says where it is). Lists are written with commas.""",
+        examples="""\
+examples:
+  vitriton tune                                            ViT-B at 224 px, batch 64, bf16, inference
+  vitriton tune --model s,b --batch 32,256 --step train    for training
+  vitriton tune --tokens 577 --dtype fp16 --dry-run        show what it would gain, keep nothing""",
+        zero="done; every tile that ran answers rightly",
+        one="some tiles answer wrongly: they are named, were not timed, and are not kept",
+        run=_run_tune,
+    )
+    parser.add_argument("--model", metavar="LIST", default="b", help="sizes: ti, s, b, l, h, so400m, g (default: b)")
+    parser.add_argument("--batch", metavar="LIST", default="64", help="images at a time (default: 64)")
+    parser.add_argument("--tokens", metavar="LIST", default="197", help="of an image, with CLS (default: 197)")
+    parser.add_argument("--dtype", metavar="LIST", default="bf16", help="bf16, fp16, fp32 (default: bf16)")
+    parser.add_argument("--step", choices=("forward", "train"), default="forward", help="train: the backward pass too")
+    parser.add_argument("--most", type=_positive(int), default=40, metavar="N", help="tiles to try for a kernel (40)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, xpu (default: the GPU)")
+    parser.add_argument("--dry-run", action="store_true", help="keep nothing")
+
+
+SUBCOMMANDS = (add_demo, add_check, add_doctor, add_compile, add_bench, add_tune)
 
 
 def _run_demo(args):
@@ -277,6 +307,12 @@ def _run_bench(args):
     from .bench.run import bench
 
     return bench(args)
+
+
+def _run_tune(args):
+    from .tune import tune
+
+    return tune(args)
 
 
 def _run_compile(args):

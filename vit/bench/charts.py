@@ -106,7 +106,15 @@ def models(path, records, machine):
         for i, (t, record) in enumerate(zip(times, found, strict=True)):
             bold = {"weight": "bold"} if record["rival"] == "vitriton" else {}
             edge = max(1e3 * record["p80"], t)
-            axis.text(edge + 0.015 * max(times), i, f"{t:.3g}", fontsize=7.5, va="center", color=INK, **bold)
+            axis.text(
+                edge + 0.015 * max(times),
+                i,
+                f"{t:.0f}" if t >= 100 else f"{t:.3g}",
+                fontsize=7.5,
+                va="center",
+                color=INK,
+                **bold,
+            )
         axis.set_yticks(range(len(found)), [record["rival"].removeprefix("timm:") for record in found], fontsize=7.5)
         axis.set_ylim(most - 0.5, -0.5)  # bars are as wide in every panel
         axis.set_xlim(0, 1.2 * max(max(times), max(1e3 * record["p80"] for record in found)))
@@ -171,7 +179,7 @@ def _against_n(path, records, machine, value, unit, title, note, log):
             axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         axis.grid(axis="y", color=LIGHT, linewidth=0.6)
         axis.set_axisbelow(True)
         function, model = name.split(", ")
@@ -195,6 +203,9 @@ def _against_n(path, records, machine, value, unit, title, note, log):
 
 def roofline(path, records, machine, roof):
     """Each function's FLOP/s over its FLOP per byte, under the ceilings of this machine; a panel for each dtype."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter
+
     panels = _groups([r for r in records if r["rival"] in ("vitriton", "plain") and r["flops"]], "dtype")
     height = 4.9
     figure, axes = _figure(4.9 * len(panels), height, 1, len(panels), sharey=True)
@@ -202,7 +213,7 @@ def roofline(path, records, machine, roof):
     for axis, ((dtype,), found) in zip(axes.flat, panels.items(), strict=True):
         peak = roof["products"][dtype]
         intensity = [r["flops"] / r["bytes"] for r in found]
-        low, high = 0.5 * min(intensity), 3 * max(*intensity, peak / roof["copy"])
+        low, high = 0.4 * min(*intensity, peak / roof["copy"]), 2.5 * max(*intensity, peak / roof["copy"])
         for name, bandwidth, dash in (("memory", roof["copy"], "-"), ("cache", roof["cached copy"], ":")):
             if bandwidth is None:
                 continue
@@ -226,13 +237,12 @@ def roofline(path, records, machine, roof):
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlim(low, high)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e9:g}"))
         axis.grid(color=LIGHT, linewidth=0.5)
         axis.set_axisbelow(True)
         axis.set_title(BITS[dtype], fontsize=10, color=INK, loc="left")
         axis.set_xlabel("FLOP per byte that must move", fontsize=8.5, color=INK)
-    axes.flat[0].set_ylabel("FLOP/s", fontsize=8.5, color=INK)
-    from matplotlib.lines import Line2D
-
+    axes.flat[0].set_ylabel("GFLOP/s", fontsize=8.5, color=INK)
     legend = [Line2D([], [], color=OURS, marker="o", linestyle="", label="vitriton")]
     legend.append(Line2D([], [], color=INK, marker="o", markerfacecolor="white", linestyle="", label="plain"))
     legend += [Line2D([], [], color=GREY, marker=m, linestyle="", label=name) for name, m in markers.items()]

@@ -188,30 +188,27 @@ class Race(Contest):
         if case.backward:
             output = case.question.bind(plain, case.shape, inputs)()
             self.grad = torch.randn(output.shape).to(output)
-        gold = self.call(plain, {name: t.double() for name, t in inputs.items()})()
-        base = self.call(plain, inputs)()
-        self.input_bytes, self.output_bytes = sum(t.nbytes for t in inputs.values()), base[0].nbytes
+        self.gold = self.call(plain, {name: t.double() for name, t in inputs.items()})()
+        self.base = self.call(plain, inputs)()
+        self.input_bytes, self.output_bytes = sum(t.nbytes for t in inputs.values()), self.base[0].nbytes
 
         for name in rivals:
             rival = case.question.rival(name)
             if why_not := rival.missing() or rival.why_not(case.dtype, case.device, case.backward):
                 self.wrong[name] = why_not
                 self.raised.add(name)
-            elif name == "plain":  # it is what the others are held to
+            elif name == "plain":  # what the others are held to
                 self.calls[name], self.wrong[name] = self.call(plain, inputs), ""
             else:
-                self.enter(
-                    name,
-                    lambda rival=rival: self.call(rival.ready(), inputs),
-                    lambda answers: self.judge(answers, base, gold),
-                )
+                self.enter(name, lambda rival=rival: self.call(rival.ready(), inputs), self.judge)
 
-    def judge(self, answers, base, gold):
+    def judge(self, answers):
+        """What is wrong with them, in words, or ""."""
         for name, answer in zip(self.names, answers, strict=False):
             if answer.dtype != self.dtype:
                 return f"{name}: has dtype {answer.dtype}, asked was {self.dtype}"
         try:
-            return self.faults(self.names, answers, base, gold)
+            return self.faults(self.names, answers, self.base, self.gold)
         except ValueError as error:  # of another shape
             return str(error)
 

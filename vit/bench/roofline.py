@@ -16,19 +16,21 @@ SECONDS = 0.3
 
 
 def ceilings(device, dtypes):
-    """{"products": {dtype: floating-point operations/s}, "copy": bytes/s of memory, "cached copy": of the caches, None
-    on a GPU}. A copy counts what it reads and what it writes. Each is the best of what PyTorch offers here."""
+    """{"products": {dtype: floating-point operations/s}, "by": {dtype: whose and of which size}, "copy": bytes/s of
+    memory, "cached copy": of the caches, None on a GPU}, each the best of what PyTorch has here. A copy counts what it
+    reads and what it writes."""
     clock = CPUClock() if device.type == "cpu" else GPUClock(device)
-    products = {}
+    products, by = {}, {}
     for name in dtypes:
-        dtype = getattr(torch, name)
-        products[name] = max(
-            2 * side**3 / fastest(clock, product)
-            for side in (SIDES_CPU if device.type == "cpu" else SIDES_GPU)
-            for product in ways(side, dtype, device)
-        )
+        speeds = {}
+        for side in SIDES_CPU if device.type == "cpu" else SIDES_GPU:
+            for way, product in ways(side, getattr(torch, name), device):
+                speeds[2 * side**3 / fastest(clock, product)] = f"{way}, {side} x {side}"
+        products[name] = max(speeds)
+        by[name] = speeds[products[name]]
     cached = None if device.type != "cpu" else 2 * CACHED / fastest(clock, copying(CACHED, device))
-    return {"products": products, "copy": 2 * COPY / fastest(clock, copying(COPY, device)), "cached copy": cached}
+    copy = 2 * COPY / fastest(clock, copying(COPY, device))
+    return {"products": products, "by": by, "copy": copy, "cached copy": cached}
 
 
 def copying(size, device):
@@ -40,18 +42,18 @@ def copying(size, device):
 
 
 def ways(side, dtype, device):
-    """Functions that multiply two square matrices: F.linear, and on a CPU oneDNN with its weight packed beforehand."""
+    """(name, function) of what multiplies two square matrices: F.linear; on a CPU oneDNN, its weight packed before."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    yield partial(F.linear, a, b)
+    yield "F.linear", partial(F.linear, a, b)
     ops = torch.ops.mkldnn
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise"):
         try:
-            packed = ops._reorder_linear_weight(b.to_mkldnn(), side)
+            packed = ops._reorder_linear_weight(b, side)
             way = partial(ops._linear_pointwise, a, packed, None, "none", [], "")
             way()
         except RuntimeError:  # not in this dtype, or not in this build
             return
-        yield way
+        yield "oneDNN", way
 
 
 def fastest(clock, call):
