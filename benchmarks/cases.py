@@ -6,15 +6,21 @@ The questions and their rivals are in vitriton.vit.bench: functions.py for funct
 import pytest
 import torch
 from vitriton.vit.bench.models import PEERS, ModelCase
-from vitriton.vit.bench.race import GPU, Case
+from vitriton.vit.bench.race import Case
 from vitriton.vit.bench.sizes import SIZES, Shape
+from vitriton.vit.measure import gpu
 
-__all__ = ["Replay", "entries", "model_entries", "replay"]
+__all__ = ["GPU", "NO_GPU", "Replay", "entries", "model_entries", "replay"]
+
+GPU = gpu()
+NO_GPU = f"no GPU here: torch {torch.__version__} sees no CUDA, ROCm or XPU device"
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "gpu": (torch.bfloat16, torch.float16)}
 SHAPES = {
     "cpu": [Shape("s", 4, 197), Shape("ti", 1, 197), Shape("h", 1, 257)],
-    "gpu": [Shape("b", 64, 197), Shape("s", 64, 197), Shape("b", 16, 577), Shape("h", 32, 257), Shape("so400m", 32, 257)],
+    "gpu": [
+        Shape("b", 64, 197), Shape("s", 64, 197), Shape("b", 16, 577), Shape("h", 32, 257), Shape("so400m", 32, 257)
+    ],
 }  # fmt: skip
 SLOW_BATCHES = {"cpu": (1, 8), "gpu": (1, 64)}
 TOKENS = (50, 197, 257, 577, 1025)

@@ -6,11 +6,11 @@ from functools import lru_cache
 
 import pytest
 import torch
-from cases import replay
+from cases import GPU, NO_GPU, replay
 from vitriton.kernels import explain
 from vitriton.vit.bench.functions import missing
 from vitriton.vit.bench.models import ModelCase, ModelRace, missing_peers
-from vitriton.vit.bench.race import GPU, NO_GPU, Race
+from vitriton.vit.bench.race import Race
 
 DEFAULTS = {  # of pytest-benchmark's options, where the command line does not say otherwise
     "benchmark_columns": ["median", "iqr", "min", "rounds"],

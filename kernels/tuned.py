@@ -25,7 +25,7 @@ FORMAT = 1
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 FIELDS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
-# {kernel's name in the table up to the first difference: (least, most) of FIELDS}; tl.dot takes no less than 16, the
+# {how names of kernels begin: (least, most) of FIELDS}; tl.dot takes no less than 16, the
 # forward kernel of attention halves BLOCK_M and warps, and offsets within a tile count on at most 256 rows
 ALLOWED = {
     "attention_fwd": ((32, 256), (16, 128), (0, 0), (2, 16), (1, 4)),
@@ -36,15 +36,16 @@ ALLOWED = {
 
 def allowed(kernel, tiles):
     """Whether the kernel can run with these tiles, as far as can be said without compiling it."""
-    bounds = next((bounds for name, bounds in ALLOWED.items() if kernel.startswith(name)), None)
-    if bounds is None:
+    if kernel not in {row.kernel for row in configs.TABLE}:
         return False
-    for field, (least, most) in zip(FIELDS, bounds, strict=True):
-        value = getattr(tiles, field)
-        power = field == "num_stages" or value & (value - 1) == 0
-        if not (isinstance(value, int) and least <= value <= most and power):
-            return False
-    return True
+    bounds = next(bounds for name, bounds in ALLOWED.items() if kernel.startswith(name))
+    values = [getattr(tiles, field) for field in FIELDS]
+    return all(
+        isinstance(value, int)
+        and least <= value <= most
+        and (field == "num_stages" or value & (value - 1) == 0)  # a power of two
+        for field, value, (least, most) in zip(FIELDS, values, bounds, strict=True)
+    )
 
 
 def folder():

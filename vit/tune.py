@@ -45,6 +45,7 @@ def tune(args):
         raise Problem(
             "PyTorch finds no GPU here, and only the kernels on a GPU have tiles to tune; on a CPU nothing is to do"
         )
+    torch.get_device_module(device).set_device(device)
     device = torch.empty(0, device=device).device  # with its index, as launches see it
     cases = plan(args)
     console = Console(args.json)

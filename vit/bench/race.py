@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from ...kernels import reference, use_backend
-from ..measure import peak_memory
+from ..measure import gpu, peak_memory
 from ..timing import CPUClock, GPUClock, measure
 from .cost import count_flops
 from .sizes import Shape
 
-__all__ = ["GPU", "NO_GPU", "Case", "Contest", "Question", "Race", "Rival"]
+__all__ = ["Case", "Contest", "Question", "Race", "Rival"]
 
-GPU = next((name for name in ("cuda", "xpu") if getattr(torch, name).is_available()), None)  # cuda: ROCm too
-NO_GPU = f"no GPU here: torch {torch.__version__} sees no CUDA, ROCm or XPU device"
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -176,7 +174,7 @@ class Race(Contest):
     """`rivals` (names) in one `case`."""
 
     def __init__(self, case, rivals):
-        super().__init__(GPU if case.device == "gpu" else "cpu", case.dtype)
+        super().__init__(gpu() if case.device == "gpu" else "cpu", case.dtype)
         self.case = case
         torch.manual_seed(0)
         if any(case.question.rival(rival).compiled for rival in rivals):

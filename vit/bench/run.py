@@ -30,6 +30,8 @@ def bench(args):
     if INTERPRET:
         raise Problem("TRITON_INTERPRET is set, and times of Triton's interpreter mean nothing: unset it")
     device = pick_device(args.device)
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
     cells, rivals, earlier = plan(args, device)
     console = Console(args.json)
     folder = picture_folder(args, console)
