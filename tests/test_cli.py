@@ -24,7 +24,7 @@ from vitriton.vit.reference import ViT
 # the guards on allocations would be counted, and slow everything down
 pytestmark = pytest.mark.usefixtures("unguarded")
 
-SUBCOMMANDS = ("demo", "check", "doctor", "compile")
+SUBCOMMANDS = ("demo", "check", "doctor", "compile", "bench", "tune")
 CPU = torch.device("cpu")
 
 
