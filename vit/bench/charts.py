@@ -191,8 +191,8 @@ def _against_n(path, records, machine, value, unit, title, note, log):
     _titles(figure, title, machine, note)
     order = [rival for rival in STYLES if rival in handles] + [rival for rival in handles if rival not in STYLES]
     figure.legend(
-        [handles[rival] for rival in order], order, loc="lower center", ncols=min(len(order), 6), fontsize=8.5,
-        frameon=False, bbox_to_anchor=(0.5, 0.0), handlelength=3.2,
+        [handles[rival] for rival in order], order, loc="lower center", ncols=min(len(order), 4 * columns),
+        fontsize=8.5, frameon=False, bbox_to_anchor=(0.5, 0.0), handlelength=2.8, columnspacing=1.4,
     )  # fmt: skip
     width = figure.get_figwidth()
     figure.subplots_adjust(
@@ -213,15 +213,16 @@ def roofline(path, records, machine, roof):
     for axis, ((dtype,), found) in zip(axes.flat, panels.items(), strict=True):
         peak = roof["products"][dtype]
         intensity = [r["flops"] / r["bytes"] for r in found]
-        low, high = 0.4 * min(*intensity, peak / roof["copy"]), 2.5 * max(*intensity, peak / roof["copy"])
+        widest = roof["cached copy"] or roof["copy"]
+        low, high = 0.3 * min(*intensity, peak / widest), 2.5 * max(*intensity, peak / roof["copy"])
         for name, bandwidth, dash in (("memory", roof["copy"], "-"), ("cache", roof["cached copy"], ":")):
             if bandwidth is None:
                 continue
-            knee = max(peak / bandwidth, low)
-            axis.plot([low, knee, high], [min(low * bandwidth, peak), peak, peak], color=INK, linestyle=dash, lw=1.3)
+            axis.plot([low, peak / bandwidth, high], [low * bandwidth, peak, peak], color=INK, linestyle=dash, lw=1.3)
+            at = (0.75 if name == "cache" else 0.5) * peak / bandwidth
             axis.annotate(
-                f"{name} {bandwidth / 1e9:.0f} GB/s", (low * 1.05, low * 1.05 * bandwidth), fontsize=7.5, color=INK,
-                rotation=0, xytext=(2, 6 if name == "cache" else -12), textcoords="offset points",
+                f"{name} {bandwidth / 1e9:.0f} GB/s ", (at, at * bandwidth), fontsize=7.5, color=INK,
+                va="center", xytext=(6, 0), textcoords="offset points",
             )  # fmt: skip
         axis.annotate(
             f"products {peak / 1e9:.0f} GFLOP/s", (high, peak), fontsize=7.5, color=INK, ha="right",
@@ -234,9 +235,16 @@ def roofline(path, records, machine, roof):
                 markersize=7 if ours else 6, color=OURS if ours else INK, markerfacecolor=OURS if ours else "white",
                 markeredgewidth=1.1, alpha=0.9, zorder=4 if ours else 3,
             )  # fmt: skip
+            if ours:
+                axis.annotate(
+                    str(record["tokens"]), (record["flops"] / record["bytes"], record["flops"] / record["seconds"]),
+                    fontsize=6.5, color=OURS, ha="center", va="bottom", xytext=(0, 4), textcoords="offset points",
+                )  # fmt: skip
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlim(low, high)
+        axis.set_ylim(0.6 * min(r["flops"] / r["seconds"] for r in found), 1.6 * peak)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e9:g}"))
         axis.grid(color=LIGHT, linewidth=0.5)
         axis.set_axisbelow(True)
@@ -247,7 +255,12 @@ def roofline(path, records, machine, roof):
     legend.append(Line2D([], [], color=INK, marker="o", markerfacecolor="white", linestyle="", label="plain"))
     legend += [Line2D([], [], color=GREY, marker=m, linestyle="", label=name) for name, m in markers.items()]
     figure.legend(handles=legend, loc="lower center", ncols=min(len(legend), 7), fontsize=8.5, frameon=False)
-    _titles(figure, "Roofline: each function under what this machine can do", machine, "Ceilings measured here.")
+    _titles(
+        figure,
+        "Roofline: each function under what this machine can do",
+        machine,
+        "Ceilings measured here; figures: tokens.",
+    )
     width = figure.get_figwidth()
     figure.subplots_adjust(
         left=0.75 / width, right=1 - 0.2 / width, top=1 - 0.95 / height, bottom=0.95 / height, wspace=0.08

@@ -148,15 +148,14 @@ def plan(args, device):
             raise Problem(f"--function {function} is none of {', '.join(QUESTIONS)}, all")
     directions = [False, True] if args.step == "both" else [args.step == "train"]
     batches = whole_numbers(args.batch, "--batch") or ([1] if on_cpu else [64])
-    earlier, names = {}, []
-    for name in listed(args.compare) or ["all"]:
-        if name.endswith(".json") or "/" in name:
-            earlier[name] = load(name)
-        elif name == "all":
-            names += [peer for peer in PEERS if peer not in ("vitriton", "plain")]
-        else:
-            names.append(name)
-    names = names or [peer for peer in PEERS if peer not in ("vitriton", "plain")]
+    asked = listed(args.compare) or ["all"]
+    earlier = {name: load(name) for name in asked if name.endswith(".json") or "/" in name}
+    known = [*PEERS, *(rival for function in functions for rival in QUESTIONS[function].rivals)]
+    names = [name if name.startswith(OTHER) else name.lower() for name in asked if name not in earlier]
+    for name in names:
+        if name != "all" and not name.startswith(OTHER) and name not in map(str.lower, known):
+            raise Problem(f"--compare {name} is none of {', '.join(known)}, all, {OTHER}NAME, or the JSON of a run")
+    rivals = SimpleNamespace(names=["vitriton", "plain", *names], all="all" in names or not names)
 
     cells = []
     if not args.function:
@@ -180,35 +179,25 @@ def plan(args, device):
             for training in directions
             for n in tokens
         ]
-    known = {**PEERS, **{rival: 0 for function in functions for rival in QUESTIONS[function].rivals}}
-    lower = {name.lower(): name for name in known}
-    rivals = []
-    for name in names:
-        if name.startswith(OTHER):
-            rivals.append(name)
-        elif name.lower() in lower:
-            rivals.append(lower[name.lower()])
-        else:
-            raise Problem(f"--compare {name} is none of {', '.join(known)}, all, {OTHER}NAME, or the JSON of a run")
-    every = "all" in (listed(args.compare) or ["all"]) or not rivals
-    return cells, SimpleNamespace(names=["vitriton", "plain", *rivals], all=every), earlier
+    return cells, rivals, earlier
 
 
 def run_cell(cell, rivals, device, seconds):
     """The records of one cell."""
+    where = "cpu" if device.type == "cpu" else "gpu"
     if isinstance(cell, ModelCase):
-        names = [n for n in dict.fromkeys(rivals.names) if n in PEERS or n.startswith(OTHER)]
+        every = [n for n, peer in PEERS.items() if where in peer.devices] if rivals.all else []
+        names = [n for n in dict.fromkeys(rivals.names + every) if n in PEERS or n.startswith(OTHER)]
         contest = ModelRace(cell, names)
         params, own = cell.params(), {name: contest.flops(name) for name in names if name.startswith(OTHER)}
         flops, moved = contest.flops(), contest.traffic()
         counts = {name: (own[name], None) if name in own else (flops, moved) for name in names}
     else:
-        every = list(cell.question.rivals)
-        chosen = {name.lower() for name in rivals.names}
         names = [
-            n for n in every if rivals.all or n in ("vitriton", "plain") or any(n.lower().startswith(c) for c in chosen)
+            name
+            for name in cell.question.rivals
+            if (rivals.all or any(name.lower().startswith(asked) for asked in rivals.names)) and not cell.why_not(name)
         ]
-        names = [n for n in names if not cell.why_not(n)]
         contest = Race(cell, tuple(names))
         counts = dict.fromkeys(names, (cell.flops(), contest.traffic()))
         shape = cell.shape
