@@ -219,7 +219,7 @@ def roofline(path, records, machine, roof):
             if bandwidth is None:
                 continue
             axis.plot([low, peak / bandwidth, high], [low * bandwidth, peak, peak], color=INK, linestyle=dash, lw=1.3)
-            at = (0.75 if name == "cache" else 0.5) * peak / bandwidth
+            at = (0.75 if name == "cache" else 0.2) * peak / bandwidth
             axis.annotate(
                 f"{name} {bandwidth / 1e9:.0f} GB/s ", (at, at * bandwidth), fontsize=7.5, color=INK,
                 va="center", xytext=(6, 0), textcoords="offset points",
