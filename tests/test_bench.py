@@ -4,15 +4,20 @@ Time is a stand-in that the rivals themselves advance; sizes are tiny.
 """
 
 import csv
+import itertools
 import json
+import sys
 import time
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vitriton.kernels import use_backend
 from vitriton.vit import ViT, fuse
-from vitriton.vit.bench import charts, cost, functions, models, peers, report, roofline, run
+from vitriton.vit.bench import charts, cost, functions, models, peers, race, report, roofline, run
 from vitriton.vit.bench.models import PEERS, ModelCase, ModelRace, Peer
 from vitriton.vit.bench.race import Case, Contest, Question, Race, Rival
 from vitriton.vit.bench.sizes import SIZES, Shape, build, parse_model
@@ -217,6 +222,61 @@ def test_rivals_for_gpus_are_left_out_on_a_cpu(name):
     assert case.why_not(name) == "is for a GPU"
     case = Case(functions.QUESTIONS["attention"], Shape("b", 1, 197), torch.bfloat16, "gpu", True)
     assert case.why_not(name) == ""
+
+
+class Package(ModuleType):
+    """Stands in for a package that is not installed."""
+
+    def __init__(self, monkeypatch, name, **functions):
+        super().__init__(name)
+        self.__dict__.update(functions)
+        self.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, self)
+
+
+def test_what_is_for_gpus_runs_there_or_says_why_not(monkeypatch):
+    """With a CPU in place of the GPU, and packages whose functions want what the real ones do: (B,N,H,D)."""
+
+    def inside(q, k, v):
+        assert q.shape == (2, 5, 2, 32)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    def packed(qkv):
+        assert qkv.shape == (2, 5, 3, 2, 32)
+        return inside(*qkv.unbind(2))
+
+    monkeypatch.setattr(race, "gpu", lambda: CPU)
+    Package(monkeypatch, "flash_attn", flash_attn_func=inside, flash_attn_qkvpacked_func=packed)
+    Package(monkeypatch, "xformers")
+    Package(monkeypatch, "xformers.ops", memory_efficient_attention=inside)
+    assert not {"flash-attn", "xformers"} & set(functions.missing())
+    for name, backward in itertools.product(("attention", "qkv_attention"), (False, True)):
+        question = functions.QUESTIONS[name]
+        case = Case(question, Shape("xs", 2, 5), torch.bfloat16, "gpu", backward)
+        names = [rival for rival in question.rivals if not question.rival(rival).compiled]
+        contest = Race(case, tuple(names))
+        cannot = {"SDPA efficient", "SDPA cuDNN"} & set(names)  # without a GPU
+        assert contest.raised == cannot and all("kernel" in contest.wrong[rival] for rival in cannot)
+        assert set(contest.right()) == set(names) - cannot
+    case = Case(functions.QUESTIONS["attention"], Shape("xs", 2, 5), torch.float32, "gpu", False)
+    assert case.why_not("flash-attn") == "takes float16 and bfloat16 only"
+
+
+def test_without_memory_for_the_plain_model_the_rest_goes_on(monkeypatch, tmp_path, capsys, rivals):
+    run_cell, cells = run.run_cell, []
+
+    def first_fails(cell, *args):
+        cells.append(cell)
+        if len(cells) == 1:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB\nand so on")
+        return run_cell(cell, *args)
+
+    monkeypatch.setattr(run, "run_cell", first_fails)
+    monkeypatch.chdir(tmp_path)
+    assert bench("--batch", "1,2", "--plot", "", "--compare", "threefold") == 0
+    out = capsys.readouterr().out
+    assert "plain is not timed, as it does not run here: out of memory: tried to allocate 9 GiB" in out
+    assert "OK: 3 rivals timed in 2 cases" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

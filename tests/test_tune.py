@@ -1,6 +1,7 @@
 """`vitriton tune` without a GPU: the search, by a stand-in clock; what is kept, for whom, and that launches take it."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -14,8 +15,8 @@ from vitriton.vit import tune as vit_tune
 from vitriton.vit.bench.functions import QUESTIONS
 from vitriton.vit.bench.race import Case, Race
 from vitriton.vit.bench.sizes import SIZES, Shape
-from vitriton.vit.cli import main
-from vitriton.vit.console import Problem
+from vitriton.vit.cli import build_parser, main
+from vitriton.vit.console import Console, Problem
 from vitriton.vit.reference import Preset
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -349,7 +350,8 @@ def test_tiles_that_answer_wrongly_are_reported_and_never_timed(interpreter, mon
     clock = StandInClock(lambda seen: 0.001 if seen.get(ATTENTION) == wrong else 1.0)
     found = vit_tune.tune_cases(cases("qkv_attention"), CPU, clock, most=5)
     one = found.searches[ATTENTION]
-    assert one.unfit[wrong] == "WrongAnswer: wrong answer: output: max error 9"
+    assert [vit_tune.is_wrong(why) for _, _, why in vit_tune.unfit(found)] == [True]
+    assert one.unfit[wrong] == "WrongAnswer: output: max error 9"
     assert wrong not in one.seconds and all(seen.get(ATTENTION) != wrong for seen in clock.timed)
     assert not found.winners
 
@@ -375,6 +377,48 @@ def test_a_table_that_answers_wrongly_is_not_tuned(interpreter, monkeypatch):
     monkeypatch.setattr(Race, "judge", lambda self, answers: "output: max error 9")
     with pytest.raises(Problem, match=r"with the tiles of its table: qkv_attention, .* max error 9"):
         vit_tune.tune_cases(cases("qkv_attention"), CPU, StandInClock(lambda seen: 1.0))
+
+
+def test_a_run_says_what_it_gained_and_fails_if_tiles_are_wrong(interpreter, card, monkeypatch, tmp_path, capsys):
+    written = {}
+    monkeypatch.setattr(vit_tune.tuned, "write", lambda device, chip, winners: written.update(winners) or "the file")
+    wrong, judge = Tiles(32, 64, 4, 1), Race.judge
+
+    def planted(self, answers):
+        return "output: max error 9" if chip_of(CPU).winners.get(ATTENTION) == wrong else judge(self, answers)
+
+    def seconds(seen):
+        return 0.5 if seen.get(ATTENTION) == BEST or not seen else 1.0
+
+    for plant, dry_run in ((False, True), (True, False)):
+        monkeypatch.setattr(Race, "judge", planted if plant else judge)
+        console = Console(str(tmp_path / "a.json"))
+        some = cases("qkv_attention", "layer_norm_linear_gelu")
+        code = vit_tune.run(some, CPU, StandInClock(seconds), console, 0.0, most=7, dry_run=dry_run)
+        chip_of(CPU).winners = {}
+        out = capsys.readouterr().out
+        row = r"attention_fwd, float32, head dim 32 +64 x 64, 4 warps, 1 stage +64 x 32, 4 warps, 1 stage +2\.00x"
+        assert re.search(row, out)
+        assert re.search(r"32 to 64, float32 +0\.50x +one by one", out)
+        assert code == int(plant) and ("WRONG: attention_fwd with 32 x 64, 4 warps" in out) == plant
+        assert ("kept in the file" in out) != dry_run and bool(written) != dry_run
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert not result["ok"] and result["file"] == "the file"
+    assert {one["kernel"]: one["gain"] for one in result["searches"]} == {"attention_fwd": 2.0, "prenorm": 1.0}
+    assert result["splits"] == [{"dtype": "float32", "weight": [64, 32], "gain_of_split": 2.0, "split": True}]
+    assert written == {ATTENTION: BEST, ("split", torch.float32, (64, 32)): True}
+
+
+def test_the_plan_of_the_command():
+    args = build_parser().parse_args(["tune", "--model", "s,h", "--tokens", "50", "--dtype", "fp16", "--step", "train"])
+    found = vit_tune.plan(args)
+    assert {(c.question.name, *c.shape) for c in found} == {
+        (name, model, 64, 50) for name in vit_tune.FUNCTIONS for model in ("s", "h")
+    }
+    assert all(c.dtype == torch.float16 and c.backward and c.device == "gpu" for c in found)
+    for bad in (["--model", "x"], ["--dtype", "int8"], ["--batch", "0"]):
+        with pytest.raises(Problem, match=bad[0]):
+            vit_tune.plan(build_parser().parse_args(["tune", *bad]))
 
 
 def test_asked_remembers_the_keys_in_their_order():

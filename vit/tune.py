@@ -51,20 +51,24 @@ def tune(args):
     console = Console(args.json)
     console.say(f"on {describe(device)}, Triton {triton.__version__}")
     console.say(f"vitriton runs there as: {explain(torch.empty(0, device=device, dtype=cases[0].dtype))}")
+    return run(cases, device, GPUClock(device), console, started, most=args.most, dry_run=args.dry_run)
+
+
+def run(cases, device, clock, console, started, *, most, dry_run):
+    """Tune for `cases`, say what was found, keep it, and return the exit code."""
     with progress_bar(console, "tuning", transient=True) as show:
-        found = tune_cases(cases, device, GPUClock(device), most=args.most, show=show)
+        found = tune_cases(cases, device, clock, most=most, show=show)
     say(console, found)
     file = None
-    if not args.dry_run:
+    if not dry_run:
         file = keep(device, found)
         console.say(f"\nkept in {file}: launches on this card take it from now on")
-    wrong = [f"{key[0]} with {t}: {why}" for key, t, why in unfit(found) if why.startswith(WRONG)]
+    wrong = [f"{key[0]} with {in_words(tiles)}: {why}" for key, tiles, why in unfit(found) if is_wrong(why)]
     for sentence in wrong:
-        console.say(f"WRONG {sentence}")
+        console.say(f"WRONG: {sentence}")
     seconds = time.perf_counter() - started
-    return console.finish(
-        "tune", not wrong, seconds, device=describe(device), file=file and str(file), wrong=wrong, **as_json(found)
-    )
+    found = {"device": str(device), "file": file and str(file), "wrong": wrong} | as_json(found)
+    return console.finish("tune", not wrong, seconds, **found)
 
 
 def plan(args):
@@ -91,14 +95,9 @@ def plan(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is fastest
 
-WRONG = "wrong answer"
-
 
 class WrongAnswer(Exception):
     """A candidate's answers break the tolerance rule."""
-
-    def __str__(self):
-        return f"{WRONG}: {super().__str__()}"
 
 
 def tune_cases(cases, device, clock, *, most=40, show=lambda done, what: None):
@@ -216,6 +215,10 @@ def keep(device, found):
 # In words
 
 
+def is_wrong(why):
+    return why.startswith(WrongAnswer.__name__)
+
+
 def unfit(found):
     return [(key, tiles, why) for key, one in found.searches.items() for tiles, why in one.unfit.items()]
 
@@ -246,7 +249,7 @@ def say(console, found):
 def in_words(tiles):
     """128 x 64 (x 32), 4 warps, 2 stages."""
     sides = [tiles.BLOCK_M, tiles.BLOCK_N, *([tiles.BLOCK_K] if tiles.BLOCK_K else [])]
-    return f"{' x '.join(map(str, sides))}, {tiles.num_warps} warps, {tiles.num_stages} stages"
+    return f"{' x '.join(map(str, sides))}, {tiles.num_warps} warps, {tiles.num_stages} stage{'s' * (tiles.num_stages > 1)}"
 
 
 def as_json(found):

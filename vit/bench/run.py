@@ -49,7 +49,11 @@ def bench(args):
     with progress_bar(console, "measuring", transient=True) as show:
         for i, cell in enumerate(cells):
             show(i / len(cells), str(cell))
-            found = run_cell(cell, rivals, device, args.seconds)
+            try:
+                found = run_cell(cell, rivals, device, args.seconds)
+            except torch.OutOfMemoryError as error:  # of the plain formula itself
+                why = f"out of memory: {str(error).splitlines()[0]}"
+                found = [params_of(cell, device) | {"rival": "plain", "status": "not run", "why": why}]
             records += found
             console.say(f"\n{cell}")
             rows, others = table(found)
@@ -189,7 +193,7 @@ def run_cell(cell, rivals, device, seconds):
         every = [n for n, peer in PEERS.items() if where in peer.devices] if rivals.all else []
         names = [n for n in dict.fromkeys(rivals.names + every) if n in PEERS or n.startswith(OTHER)]
         contest = ModelRace(cell, names)
-        params, own = cell.params(), {name: contest.flops(name) for name in names if name.startswith(OTHER)}
+        own = {name: contest.flops(name) for name in names if name.startswith(OTHER)}
         flops, moved = contest.flops(), contest.traffic()
         counts = {name: (own[name], None) if name in own else (flops, moved) for name in names}
     else:
@@ -200,23 +204,29 @@ def run_cell(cell, rivals, device, seconds):
         ]
         contest = Race(cell, tuple(names))
         counts = dict.fromkeys(names, (cell.flops(), contest.traffic()))
-        shape = cell.shape
-        params = {
-            "kind": "function",
-            "name": f"{cell.question.name}, {shape.model}",
-            "question": cell.question.name,
-            "image_size": None,
-            "tokens": shape.tokens,
-            "batch": shape.batch,
-            "dtype": str(cell.dtype)[6:],
-            "device": device.type,
-            "what": "forward+backward" if cell.backward else "forward",
-            "head_dim": shape.dim_head,
-        }
     # the profiler of a CPU sees what PyTorch allocates, and nothing of other runtimes
     peaks = {n: p for n, p in contest.peaks().items() if n not in ("onnxruntime", "openvino")}
     times = contest.times(seconds=seconds)
-    return records_of(params, contest, times, peaks, counts)
+    return records_of(params_of(cell, device), contest, times, peaks, counts)
+
+
+def params_of(cell, device):
+    """What tells the records of this cell from others."""
+    if isinstance(cell, ModelCase):
+        return cell.params()
+    shape = cell.shape
+    return {
+        "kind": "function",
+        "name": f"{cell.question.name}, {shape.model}",
+        "question": cell.question.name,
+        "image_size": None,
+        "tokens": shape.tokens,
+        "batch": shape.batch,
+        "dtype": str(cell.dtype)[6:],
+        "device": device.type,
+        "what": "forward+backward" if cell.backward else "forward",
+        "head_dim": shape.dim_head,
+    }
 
 
 def listed(text):
