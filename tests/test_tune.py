@@ -344,7 +344,7 @@ def test_tiles_that_answer_wrongly_are_reported_and_never_timed(interpreter, mon
     judge = Race.judge
 
     def planted(self, answers):
-        return "output: max error 9" if chip_of(CPU).winners.get(ATTENTION) == wrong else judge(self, answers)
+        return "output: max error 9" if dict.get(chip_of(CPU).winners, ATTENTION) == wrong else judge(self, answers)
 
     monkeypatch.setattr(Race, "judge", planted)
     clock = StandInClock(lambda seen: 0.001 if seen.get(ATTENTION) == wrong else 1.0)
@@ -385,7 +385,7 @@ def test_a_run_says_what_it_gained_and_fails_if_tiles_are_wrong(interpreter, car
     wrong, judge = Tiles(32, 64, 4, 1), Race.judge
 
     def planted(self, answers):
-        return "output: max error 9" if chip_of(CPU).winners.get(ATTENTION) == wrong else judge(self, answers)
+        return "output: max error 9" if dict.get(chip_of(CPU).winners, ATTENTION) == wrong else judge(self, answers)
 
     def seconds(seen):
         return 0.5 if seen.get(ATTENTION) == BEST or not seen else 1.0

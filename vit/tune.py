@@ -249,7 +249,8 @@ def say(console, found):
 def in_words(tiles):
     """128 x 64 (x 32), 4 warps, 2 stages."""
     sides = [tiles.BLOCK_M, tiles.BLOCK_N, *([tiles.BLOCK_K] if tiles.BLOCK_K else [])]
-    return f"{' x '.join(map(str, sides))}, {tiles.num_warps} warps, {tiles.num_stages} stage{'s' * (tiles.num_stages > 1)}"
+    stages = f"{tiles.num_stages} stage{'s' * (tiles.num_stages > 1)}"
+    return f"{' x '.join(map(str, sides))}, {tiles.num_warps} warps, {stages}"
 
 
 def as_json(found):
