@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import setup
 
 DEMO = ["scikit-learn", "matplotlib", "Pillow", "rich"]
+BENCH = ["matplotlib", "rich", "timm", "onnx", "onnxscript", "onnxruntime", "openvino"]
 TEST = ["pytest", "pytest-benchmark", "hypothesis", "numpy"]
 INTEGRATIONS = ["timm", "transformers", "torchvision", "vit-pytorch", "open_clip_torch"]
 
@@ -20,16 +21,18 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["vitriton.kernels", "vitriton.vit", "vitriton.vit.integrations"],
+    packages=["vitriton.kernels", "vitriton.vit", "vitriton.vit.bench", "vitriton.vit.integrations"],
     package_dir={
         "vitriton.kernels": "kernels",
         "vitriton.vit": "vit",
+        "vitriton.vit.bench": "vit/bench",
         "vitriton.vit.integrations": "vit/integrations",
     },
     package_data={"vitriton.kernels": ["py.typed"], "vitriton.vit": ["py.typed"]},
     install_requires=["torch>=2.9", "einops>=0.7", 'triton>=3.5; sys_platform == "linux"'],
     extras_require={
         "demo": DEMO,
+        "bench": BENCH,
         "test": TEST,
         "integrations": INTEGRATIONS,
         "dev": DEMO + TEST + INTEGRATIONS + ["ruff"],

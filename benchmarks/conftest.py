@@ -6,8 +6,11 @@ from functools import lru_cache
 
 import pytest
 import torch
-from race import GPU, NO_GPU, Race, replay
+from cases import GPU, NO_GPU, replay
 from vitriton.kernels import explain
+from vitriton.vit.bench.functions import missing
+from vitriton.vit.bench.models import ModelCase, ModelRace, missing_peers
+from vitriton.vit.bench.race import Race
 
 DEFAULTS = {  # of pytest-benchmark's options, where the command line does not say otherwise
     "benchmark_columns": ["median", "iqr", "min", "rounds"],
@@ -15,7 +18,10 @@ DEFAULTS = {  # of pytest-benchmark's options, where the command line does not s
     "benchmark_max_time": 0.5,
 }
 
-race_of = lru_cache(maxsize=1)(Race)  # the rivals of a case are neighbours: one race in memory at a time
+
+@lru_cache(maxsize=1)  # the rivals of a case are neighbours: one race in memory at a time
+def race_of(case, rivals):
+    return ModelRace(case, rivals) if isinstance(case, ModelCase) else Race(case, rivals)
 
 
 def pytest_configure(config):
@@ -42,6 +48,7 @@ def pytest_report_header():
         f"CPU cases: {torch.get_num_threads()} threads on {os.cpu_count()} cores, load average {load:.1f}{busy}",
         implementation("cpu", torch.float32),
     ]
+    lines += [f"missing: {rival}: {why}" for rival, why in (missing() | missing_peers()).items()]
     if GPU is None:
         return [*lines, f"GPU cases: skipped, {NO_GPU}"]
     name = torch.get_device_module(GPU).get_device_name()
@@ -61,7 +68,8 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def compete(request, benchmark):
-    """compete(case, rival): fail if the rival's answer is wrong, else give its times to the table.
+    """compete(case, rival): fail if the rival's answer is wrong, else give its times to the table. A peer that is not
+    installed, or raises, is skipped with the reason.
 
     They are measured at the case's first test, in turns among those of its rivals that were selected.
     """
@@ -69,6 +77,8 @@ def compete(request, benchmark):
     def compete(case, rival):
         params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
         race = race_of(case, tuple(p["rival"] for p in params if p.get("case") is case))
+        if rival in race.raised and rival != "vitriton":
+            pytest.skip(f"{rival} does not run here: {race.wrong[rival]}")
         if race.wrong[rival]:
             pytest.fail(f"{rival} answers wrongly and is not timed: {case}\n{race.wrong[rival]}", pytrace=False)
         benchmark.group, benchmark.name, benchmark.params = str(case), rival, {**case.params(), "rival": rival}

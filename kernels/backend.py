@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from .launch import INTERPRET, triton
+from .launch import INTERPRET, chip_of, triton
 
 BACKENDS = ("auto", "triton", "native")
 
@@ -75,6 +75,16 @@ def takes_triton(backend, x):
     return why_not is None
 
 
+def _tuned(device):
+    """What `vitriton tune` changes in it, in words."""
+    winners = chip_of(device).winners
+    if not winners:
+        return ""
+    ones = [f"{k} to {n}" for kind, _, shape in winners if kind == "split" for n, k in [shape]]
+    split = f", and LayerNorm + Linear one by one, natively, for {', '.join(ones)} features" if ones else ""
+    return f", as `vitriton tune` found best on this card{split}"
+
+
 def explain(*tensors):
     """Say in words which implementation a call with these tensors takes, and why the other is passed over.
 
@@ -86,7 +96,7 @@ def explain(*tensors):
         passed_over = "the native path is passed over because Triton can run"
         if _backend == "triton":
             passed_over = "the native path is passed over because the backend 'triton' was chosen"
-        return f"Triton, {how}; {passed_over}"
+        return f"Triton, {how}{_tuned(x.device)}; {passed_over}"
     if _backend == "native":
         return "native; Triton is passed over because the backend 'native' was chosen"
     return f"native; Triton is passed over because {why_not_triton(x.device, x.dtype)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .launch import cdiv, next_power_of_2, tail
+from .launch import Chip, cdiv, next_power_of_2, tail
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ TABLE = (
 
 
 def tiles(kernel, chip, dtype, head_dim=0):
-    """The first row of the table for this launch."""
+    """What `vitriton tune` found best on this card; else the first row of the table for this launch."""
+    if isinstance(chip, Chip) and (tuned := chip.winners.get((kernel, dtype, head_dim))):
+        return tuned
     found = _find(kernel, chip, dtype, head_dim)
     if found is None:
         raise LookupError(f"no tiles for {kernel} on {chip} with {dtype} and head dim {head_dim}")
@@ -98,6 +100,11 @@ def _find(kernel, chip, dtype, head_dim):
         ):
             return row.tiles
     return None
+
+
+def splits(chip, weight):
+    """Whether `vitriton tune` found that LayerNorm and a Linear of this weight are faster one by one on this card."""
+    return isinstance(chip, Chip) and ("split", weight.dtype, tuple(weight.shape)) in chip.winners
 
 
 def product_tiles(chip, dtype, align):

@@ -9,6 +9,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 
 import torch
 
@@ -71,8 +72,14 @@ def record(chip):
         _recording = None
 
 
+class Chip(str):
+    """The name of a chip, and what `vitriton tune` found best on this very card: {key: value} of tuned.py."""
+
+    winners = MappingProxyType({})  # of a chip that was not looked up by its device
+
+
 def chip_of(device):
-    """The name of the chip that the kernels are configured for: "sm_90", "gfx942", "xpu", or "interpreter"."""
+    """The Chip that the kernels are configured for: "sm_90", "gfx942", "xpu", or "interpreter"."""
     if _recording is not None:
         return _recording[0]
     return _chip_of(device)
@@ -80,6 +87,15 @@ def chip_of(device):
 
 @cache
 def _chip_of(device):
+    chip = Chip(_name_of(device))
+    if device.type != "cpu":
+        from .tuned import read  # which knows what a Tiles is, and configs.py knows this file
+
+        chip.winners = read(device, chip)
+    return chip
+
+
+def _name_of(device):
     if device.type == "cpu":
         return "interpreter"
     if device.type != "cuda":

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import native, packed, reference
 from .backend import chosen_backend, takes_triton
-from .launch import accumulator, triton
+from .configs import splits
+from .launch import accumulator, chip_of, triton
 
 if triton is not None:
     from .attention import attention_forward as triton_attention_forward
@@ -128,7 +129,9 @@ def _qkv_attention_backward_fake(grad, qkv, out, lse, heads, scale, backend):
 
 def _layer_norm_linear_takes_triton(x, weight, backend):
     both = takes_triton(backend, x) and (x.dtype == weight.dtype or takes_triton(backend, weight))
-    return both and x.numel() > 0 and weight.numel() > 0  # PyTorch knows what to do with nothing
+    if not both or x.numel() == 0 or weight.numel() == 0:  # PyTorch knows what to do with nothing
+        return False
+    return backend == "triton" or not splits(chip_of(x.device), weight)
 
 
 def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend, *, may_pack=True):

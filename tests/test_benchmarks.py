@@ -5,7 +5,6 @@ Time here is a stand-in that the rivals themselves advance, so nothing depends o
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +14,8 @@ import torch
 pytest_plugins = ["pytester"]
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import race  # noqa: E402
 from vitriton.vit import timing  # noqa: E402
+from vitriton.vit.bench import race  # noqa: E402
 from vitriton.vit.timing import CPUClock, GPUClock, measure  # noqa: E402
 
 
@@ -212,8 +209,10 @@ def test_only_right_answers_are_timed(monkeypatch, backward):
 
 
 BENCH = """
-import pytest, race, torch
-from race import Question, entries
+import cases, pytest, torch
+from cases import entries
+from vitriton.vit.bench import race
+from vitriton.vit.bench.race import Question, Rival
 
 seconds = 0.0
 
@@ -243,6 +242,8 @@ RIVALS = {
     "plain": taking(0.5, lambda x: 2 * x),
     "slow": taking(1.5, lambda x: x + x),
     "wrong": taking(0.25, lambda x: 2.1 * x),
+    "not here": Rival(taking(0.25, lambda x: 2 * x), package="no-such-package"),
+    "for GPUs": Rival(taking(0.25, lambda x: 2 * x), devices=("gpu",)),
 }
 DOUBLING = Question("doubling", lambda shape: {"x": torch.randn(100)}, RIVALS)
 
@@ -256,18 +257,18 @@ def test_a_run_shows_the_right_and_fails_the_wrong_and_says_why_the_gpu_is_skipp
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in ("CUDA", "HIP"):
         monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", "")
-    for name in ("conftest.py", "race.py"):
+    for name in ("conftest.py", "cases.py"):
         shutil.copy(BENCHMARKS / name, pytester.path)
     pytester.makeini("[pytest]\nmarkers =\n    gpu\n    slow\n")
     pytester.path.joinpath("bench_doubling.py").write_text(BENCH)
-    result = pytester.runpytest_subprocess(
-        *(".", "-m", "not slow", "-k", "ViT-S and bfloat16 and not backward", "-rs", "--benchmark-json", "out.json")
-    )
-    result.assert_outcomes(passed=2, failed=1, skipped=3)
+    chosen = ("-m", "not slow", "-k", "ViT-S and 197 and bfloat16 and not backward")
+    result = pytester.runpytest_subprocess(".", *chosen, "-rs", "--benchmark-json", "out.json")
+    result.assert_outcomes(passed=2, failed=1, skipped=1 + 5)
     result.stdout.fnmatch_lines_random(
         [
             "GPU cases: skipped, no GPU here: *",
-            "SKIPPED [[]3] *no GPU here: torch * sees no CUDA, ROCm or XPU device",
+            "SKIPPED [[]5] *no GPU here: torch * sees no CUDA, ROCm or XPU device",
+            "SKIPPED [[]1] *not here does not run here: no-such-package is not installed",
             "wrong answers wrongly and is not timed: doubling, ViT-S 4x197, bfloat16, CPU, forward",
             "output: max error *",
             "*benchmark 'doubling, ViT-S 4x197, bfloat16, CPU, forward': 2 tests*",
@@ -281,7 +282,7 @@ def test_a_run_shows_the_right_and_fails_the_wrong_and_says_why_the_gpu_is_skipp
 
 def test_the_interpreter_is_refused(pytester, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name in ("conftest.py", "race.py"):
+    for name in ("conftest.py", "cases.py"):
         shutil.copy(BENCHMARKS / name, pytester.path)
     result = pytester.runpytest_subprocess(".")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -24,7 +24,7 @@ from vitriton.vit.rollout import patch_rollout
 # the guards on allocations would be counted, and slow everything down
 pytestmark = pytest.mark.usefixtures("unguarded")
 
-SUBCOMMANDS = ("demo", "train", "check", "doctor", "compile", "look")
+SUBCOMMANDS = ("demo", "train", "look", "check", "doctor", "bench", "tune", "compile")
 CPU = torch.device("cpu")
 
 

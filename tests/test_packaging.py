@@ -13,7 +13,7 @@ import setuptools
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ["sklearn", "matplotlib", "PIL", "rich", "pytest", "hypothesis"]
-EXTRAS += ["timm", "transformers", "torchvision", "vit_pytorch", "open_clip"]
+EXTRAS += ["timm", "transformers", "torchvision", "vit_pytorch", "open_clip", "onnx", "onnxruntime", "openvino"]
 PLAIN_MODULES = ["functions", "ops", "native", "launch", "configs", "reference"]  # of kernels, without kernels inside
 
 
@@ -41,6 +41,7 @@ for name in {modules!r}:
 MODULES = [f"vitriton.kernels.{name}" for name in PLAIN_MODULES] + [
     f"vitriton.vit.{file.stem}" for file in files("vit") if file.parent.name == "vit" and file.stem != "__init__"
 ]
+MODULES += [f"vitriton.vit.bench.{file.stem}" for file in files("vit/bench") if file.stem != "__init__"]
 
 
 def test_without_triton_and_extras():
@@ -190,7 +191,7 @@ def test_requirements(setup_arguments):
     assert [r for r in required if r.startswith("triton")] == ['triton>=3.5; sys_platform == "linux"']
     assert {r.split(">")[0] for r in required} == {"torch", "einops", "triton"}
     assert setup_arguments["python_requires"] == ">=3.10"
-    assert set(extras) == {"demo", "test", "integrations", "dev"}
+    assert set(extras) == {"demo", "bench", "test", "integrations", "dev"}
     assert set(extras["demo"]) == {"scikit-learn", "matplotlib", "Pillow", "rich"}
     assert set(extras["demo"]) | set(extras["test"]) < set(extras["dev"])
 

@@ -344,7 +344,105 @@ examples:
     parser.add_argument("--seed", type=int, default=0, help="of random weights and of the demo's training (default: 0)")
 
 
-SUBCOMMANDS = (add_demo, add_train, add_check, add_doctor, add_compile, add_look)
+def add_bench(subparsers):
+    parser = _add(
+        subparsers,
+        "bench",
+        summary="speed and memory of whole ViTs and of single functions, beside other implementations",
+        description="""\
+Time whole ViTs, or single functions, beside every other implementation that is installed: the plain model, PyTorch's
+SDPA, timm, torch.compile, ONNX Runtime and OpenVINO run the same weights on the same images, in this process, in turns.
+Each answer is held to the plain formula in float64 first: who answers wrongly is reported, and not timed. What is not
+installed, or does not run here, is named with the reason.
+Without arguments: ViT-Ti (on a GPU ViT-B), and attention against the number of tokens, in some minutes, with pictures.
+Lists are written with commas.""",
+        examples="""\
+examples:
+  vitriton bench                                                a table and pictures, in vitriton-bench/
+  vitriton bench --model vit_b16 --batch 1,8 --dtype bf16 --compare sdpa,compile,timm,onnxruntime,openvino
+  vitriton bench --model vit_s16 --batch 16 --step train --compare compile,timm
+  vitriton bench --function attention --model b --tokens 197,1025 --compare sdpa
+  vitriton bench --model ti --compare timm:ghostnet_100         another network at equal input
+  vitriton bench --cost                                         parameters, operations and memory, by counting
+  vitriton bench --model b --json now.json --compare all,old.json      what became slower than the noise""",
+        zero="everything was measured, and vitriton's answers are right",
+        one="an answer of vitriton's is wrong, or it became slower than in the run given to --compare",
+        run=_run_bench,
+    )
+    parser.add_argument("--model", metavar="LIST", help="sizes: ti, s, b, l, h, so400m, g, as in vit_b16 or vit_h14")
+    parser.add_argument(
+        "--function",
+        metavar="LIST",
+        help="functions, instead of whole models: attention, qkv_attention, layer_norm_linear, layer_norm_linear_gelu, "
+        "block, or all",
+    )
+    parser.add_argument("--batch", metavar="LIST", help="images at a time (default: 1, on a GPU 64)")
+    parser.add_argument("--tokens", metavar="LIST", help="for functions (default: 50,197,257,577,1025)")
+    parser.add_argument(
+        "--image-size", type=_positive(int), default=224, metavar="PX", help="of models (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", metavar="LIST", help="fp32, bf16, fp16 (default: fp32,bf16, on a GPU bf16)")
+    parser.add_argument(
+        "--step",
+        choices=("forward", "train", "both"),
+        default="forward",
+        help="inference, or forward, loss and all gradients (in half precision under autocast), or both",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="LIST",
+        help="whom to run beside vitriton and plain: sdpa, timm, compile, compile-max, onnxruntime, openvino, "
+        "timm:NAME, of functions also flexattention, flash-attn, xformers; or all (default). A file of --json: "
+        "say what became slower than in that run",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, xpu; auto takes a GPU if there is one (default: auto)"
+    )
+    parser.add_argument(
+        "--seconds", type=_positive(float), default=2.0, metavar="S", help="of calls for each rival (default: 2)"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write a line for each rival to FILE")
+    parser.add_argument(
+        "--plot",
+        metavar="DIR",
+        help="the folder of the pictures (default: vitriton-bench, if matplotlib is installed; '' draws none)",
+    )
+    parser.add_argument(
+        "--cost", action="store_true", help="count, and measure nothing; --model, --batch, --dtype hold"
+    )
+
+
+def add_tune(subparsers):
+    parser = _add(
+        subparsers,
+        "tune",
+        summary="on a GPU: find the fastest tiles of each kernel for your shapes, and keep them",
+        description="""\
+Measure, on this GPU and for the shapes given, the tiles that each kernel can run with, from those of the table uphill,
+and LayerNorm + Linear in one kernel beside PyTorch's two. Answers are checked before anything is timed. What is faster
+by more than the noise is kept in a file for this card, this version of Triton and this table, in VITRITON_CACHE_DIR or
+the user's cache folder; every later launch on this card takes it. To forget it, remove the file (`vitriton doctor`
+says where it is). Lists are written with commas.""",
+        examples="""\
+examples:
+  vitriton tune                                            ViT-B at 224 px, batch 64, bf16, inference
+  vitriton tune --model s,b --batch 32,256 --step train    for training
+  vitriton tune --tokens 577 --dtype fp16 --dry-run        show what it would gain, keep nothing""",
+        zero="done; every tile that ran answers rightly",
+        one="some tiles answer wrongly: they are named, were not timed, and are not kept",
+        run=_run_tune,
+    )
+    parser.add_argument("--model", metavar="LIST", default="b", help="sizes: ti, s, b, l, h, so400m, g (default: b)")
+    parser.add_argument("--batch", metavar="LIST", default="64", help="images at a time (default: 64)")
+    parser.add_argument("--tokens", metavar="LIST", default="197", help="of an image, with CLS (default: 197)")
+    parser.add_argument("--dtype", metavar="LIST", default="bf16", help="bf16, fp16, fp32 (default: bf16)")
+    parser.add_argument("--step", choices=("forward", "train"), default="forward", help="train: the backward pass too")
+    parser.add_argument("--most", type=_positive(int), default=40, metavar="N", help="tiles to try for a kernel (40)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, xpu (default: the GPU)")
+    parser.add_argument("--dry-run", action="store_true", help="keep nothing")
+
+
+SUBCOMMANDS = (add_demo, add_train, add_look, add_check, add_doctor, add_bench, add_tune, add_compile)
 
 
 def _run_look(args):
@@ -375,6 +473,18 @@ def _run_doctor(args):
     from .doctor import doctor
 
     return doctor(args)
+
+
+def _run_bench(args):
+    from .bench.run import bench
+
+    return bench(args)
+
+
+def _run_tune(args):
+    from .tune import tune
+
+    return tune(args)
 
 
 def _run_compile(args):

@@ -4,11 +4,12 @@ import importlib.util
 import json
 import os
 import sys
+from contextlib import contextmanager
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
-__all__ = ["Console", "Problem", "check_writable", "require", "version"]
+__all__ = ["Console", "Problem", "check_writable", "progress_bar", "require", "version"]
 
 
 class Problem(Exception):
@@ -54,6 +55,42 @@ class Console:
             Path(self.json_file).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             self.say(f"wrote {self.json_file}")
         return 0 if ok else 1
+
+
+@contextmanager
+def progress_bar(console, what, *, lines=10, transient=False):
+    """Yields show(done in [0, 1], what was just done or None): a bar on a terminal, else at most so many lines.
+
+    What the console is to say meanwhile goes above the bar.
+    """
+    if console.stream.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn(f"  {what}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=Terminal(file=console.stream), transient=transient) as progress:
+            task = progress.add_task("", total=1.0)
+            console.say = lambda text="": progress.console.out(text, highlight=False)
+            try:
+                yield lambda done, what: progress.update(task, completed=done, description=what)
+            finally:
+                del console.say
+    else:
+        said = 0
+
+        def show(done, what):
+            nonlocal said
+            if what is not None and int(lines * done + 1e-9) > said:
+                said = int(lines * done + 1e-9)
+                console.say(f"  {min(done, 1):4.0%}  {what}")
+
+        yield show
 
 
 def version():

@@ -13,7 +13,7 @@ from ..kernels import explain, use_backend
 from ..kernels.backend import chosen_backend
 from ..kernels.launch import INTERPRET
 from ..kernels.reference import compare
-from .console import Console, Problem, check_writable, require, version
+from .console import Console, Problem, check_writable, progress_bar, require, version
 from .costs import cost_table
 from .fuse import fuse, unfuse
 from .measure import MEMORY, describe, pick_device
@@ -186,7 +186,7 @@ def train(model, images, labels, args, console):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     model.train()
     step, done, started = 0, 0.0, time.perf_counter()
-    with few_threads(images.device), progress_bar(console) as show:
+    with few_threads(images.device), progress_bar(console, "training") as show:
         while done < 1:
             right = 0
             order = torch.randperm(len(images), generator=generator).to(images.device)
@@ -238,42 +238,6 @@ def few_threads(device):
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def progress_bar(console, lines=10):
-    """Yields show(done in [0, 1], what was just done or None): a bar on a terminal, else at most so many lines.
-
-    What the console is to say meanwhile goes above the bar.
-    """
-    if console.stream.isatty():
-        from rich.console import Console as Terminal
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("  training"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, console=Terminal(file=console.stream)) as progress:
-            task = progress.add_task("", total=1.0)
-            console.say = lambda text="": progress.console.out(text, highlight=False)
-            try:
-                yield lambda done, what: progress.update(task, completed=done, description=what)
-            finally:
-                del console.say
-    else:
-        said = 0
-
-        def show(done, what):
-            nonlocal said
-            if what is not None and int(lines * done + 1e-9) > said:
-                said = int(lines * done + 1e-9)
-                console.say(f"  {min(done, 1):4.0%}  {what}")
-
-        yield show
 
 
 # ---------------------------------------------------------------------------------------------------------------------

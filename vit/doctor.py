@@ -18,7 +18,7 @@ from urllib.request import url2pathname
 import torch
 
 from .. import kernels
-from ..kernels import explain
+from ..kernels import explain, tuned
 from ..kernels.backend import chosen_backend
 from ..kernels.launch import triton
 from .console import Console, version
@@ -268,11 +268,11 @@ def installed_at(package):
 
 
 def caches(here):
-    """The folders where compiled kernels are kept."""
+    """The folders where compiled kernels are kept, and the tiles that were found fastest."""
     here.title("Caches")
     folders = {"torch.compile": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_default()}
     if triton is not None:
-        folders = {"Triton": triton.knobs.cache.dir} | folders
+        folders = {"Triton": triton.knobs.cache.dir} | folders | {"vitriton tune": tuned.folder()}
     found = here.found["caches"] = {}
     for name, folder in folders.items():
         folder = Path(folder)

@@ -10,7 +10,7 @@ import torch
 
 from .console import Problem
 
-__all__ = ["MEMORY", "cpu_name", "describe", "gpu", "peak_memory", "pick_device", "quartiles"]
+__all__ = ["MEMORY", "cpu_name", "describe", "gpu", "peak_memory", "pick_device", "quantiles", "quartiles"]
 
 MEMORY = "the most that PyTorch's allocator held at a time, beyond what it held before: weights and input not counted"
 
@@ -59,11 +59,14 @@ def _synchronize(device):
         torch.accelerator.synchronize(device)
 
 
+def quantiles(times, shares):
+    """The values below which these shares of `times` lie."""
+    return torch.tensor(times, dtype=torch.float64).quantile(torch.tensor(shares, dtype=torch.float64)).tolist()
+
+
 def quartiles(times):
     """The lower quartile, the median and the upper quartile."""
-    return (
-        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-    )
+    return quantiles(times, (0.25, 0.5, 0.75))
 
 
 def peak_memory(step, device):

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from ..kernels import explain
 from .checkpoint import build, read_checkpoint, restore_training, save, training_state
-from .console import Console, Problem, check_writable, require, version
+from .console import Console, Problem, check_writable, progress_bar, require, version
 from .curve import draw_curve
 from .data import BLANK, collate, digits_data, folder_data, held_out_plan, training_plan
-from .demo import few_threads, progress_bar, schedule, usable_backend
+from .demo import few_threads, schedule, usable_backend
 from .fuse import fuse
 from .measure import describe
 from .parallel import processes
@@ -184,7 +184,7 @@ class Training:
         first_step = self.step
         if first_step == self.steps:  # of which the last file may be missing
             self.save()
-        with progress_bar(console, min(self.args.epochs, 200)) as show:
+        with progress_bar(console, "training", lines=min(self.args.epochs, 200)) as show:
             for batches in self.training_batches():
                 self.one_step(batches)
                 end_of_epoch = self.step % self.steps_per_epoch == 0
