@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 # class -> {digest of its forward, and of the other methods that METHODS names: the version that was tested with it}
-_HF = "transformers.models"
 KNOWN = {
     "timm.layers.attention.Attention": {"45de08e8430ce097": "1.0.31"},
     "timm.layers.mlp.Mlp": {"bccd9e3f0abdbfb8": "1.0.31"},
@@ -37,32 +36,35 @@ KNOWN = {
     "timm.layers.norm.LayerNormFp32": {"7206470df8b39feb": "1.0.31"},
     "timm.layers.activations.GELU": {"2afe4004c965f362": "1.0.31"},
     "timm.layers.activations.GELUTanh": {"88ab3a6460f999bb": "1.0.31"},
-    f"{_HF}.vit.modeling_vit.ViTAttention": {"007c98ace6455ea2": "5.24.0"},
-    f"{_HF}.vit.modeling_vit.ViTMLP": {"701fd61c1356a6dc": "5.24.0"},
-    f"{_HF}.vit.modeling_vit.ViTLayer": {"c403f923a1109d3a": "5.24.0"},
-    f"{_HF}.deit.modeling_deit.DeiTAttention": {"007c98ace6455ea2": "5.24.0"},
-    f"{_HF}.deit.modeling_deit.DeiTMLP": {"701fd61c1356a6dc": "5.24.0"},
-    f"{_HF}.deit.modeling_deit.DeiTLayer": {"c403f923a1109d3a": "5.24.0"},
-    f"{_HF}.dinov2.modeling_dinov2.Dinov2Attention": {"007c98ace6455ea2": "5.24.0"},
-    f"{_HF}.dinov2.modeling_dinov2.Dinov2MLP": {"701fd61c1356a6dc": "5.24.0"},
-    f"{_HF}.dinov2.modeling_dinov2.Dinov2Layer": {"6e75b6e2cc418a1b": "5.24.0"},
-    f"{_HF}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention": {"a4680041295cfa84": "5.24.0"},
-    f"{_HF}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTMLP": {"d8163648a64c08d6": "5.24.0"},
-    f"{_HF}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": {"e7d6b90b2d8e5782": "5.24.0"},
-    f"{_HF}.clip.modeling_clip.CLIPAttention": {"b219d7d02b6d2157": "5.24.0"},
-    f"{_HF}.clip.modeling_clip.CLIPMLP": {"701fd61c1356a6dc": "5.24.0"},
-    f"{_HF}.clip.modeling_clip.CLIPEncoderLayer": {"1fb361bbf5b9cff2": "5.24.0"},
-    f"{_HF}.siglip.modeling_siglip.SiglipAttention": {"8725ff177921d74b": "5.24.0"},
-    f"{_HF}.siglip.modeling_siglip.SiglipMLP": {"701fd61c1356a6dc": "5.24.0"},
-    f"{_HF}.siglip.modeling_siglip.SiglipEncoderLayer": {"1633a0d49d006ec8": "5.24.0"},
+    "timm.layers.activations.QuickGELU": {"5c766eb1598c8a0d": "1.0.31"},
     "transformers.activations.GELUActivation": {"4b5e15cae074702b": "5.24.0"},
     "transformers.activations.GELUTanh": {"78826bdeaa019f1a": "5.24.0"},
+    "transformers.activations.QuickGELUActivation": {"7cc553985c0665ee": "5.24.0"},
     "torchvision.models.vision_transformer.EncoderBlock": {"871ffebda4c7275b": "0.29.1"},
     "open_clip.transformer.ResidualAttentionBlock": {"e56e05ca186b424c": "3.3.0"},
     "open_clip.transformer.LayerNorm": {"a2777c89358a6286": "3.3.0"},
     "open_clip.transformer.LayerNormFp32": {"42215c0b40aa8eb1": "3.3.0"},
+    "open_clip.transformer.QuickGELU": {"946d2d1ec8f732bd": "3.3.0"},
     "torch.nn.modules.activation.MultiheadAttention": {},  # documented, and tested with each PyTorch that is supported
 }
+for _prefix, _layer, _digests in (  # of transformers: Attention, MLP, Layer
+    ("vit.modeling_vit.ViT", "Layer", "007c98ace6455ea2 701fd61c1356a6dc c403f923a1109d3a"),
+    ("vit_mae.modeling_vit_mae.ViTMAE", "Layer", "007c98ace6455ea2 701fd61c1356a6dc c403f923a1109d3a"),
+    ("vit_msn.modeling_vit_msn.ViTMSN", "Layer", "007c98ace6455ea2 701fd61c1356a6dc c403f923a1109d3a"),
+    ("ijepa.modeling_ijepa.IJepa", "Layer", "007c98ace6455ea2 701fd61c1356a6dc c403f923a1109d3a"),
+    ("deit.modeling_deit.DeiT", "Layer", "007c98ace6455ea2 701fd61c1356a6dc c403f923a1109d3a"),
+    ("dinov2.modeling_dinov2.Dinov2", "Layer", "007c98ace6455ea2 701fd61c1356a6dc 6e75b6e2cc418a1b"),
+    (
+        "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters",
+        "Layer",
+        "007c98ace6455ea2 701fd61c1356a6dc 6e75b6e2cc418a1b",
+    ),
+    ("dinov3_vit.modeling_dinov3_vit.DINOv3ViT", "Layer", "a4680041295cfa84 d8163648a64c08d6 e7d6b90b2d8e5782"),
+    ("clip.modeling_clip.CLIP", "EncoderLayer", "b219d7d02b6d2157 701fd61c1356a6dc 1fb361bbf5b9cff2"),
+    ("siglip.modeling_siglip.Siglip", "EncoderLayer", "8725ff177921d74b 701fd61c1356a6dc 1633a0d49d006ec8"),
+):
+    for _kind, _digest in zip(("Attention", "MLP", _layer), _digests.split(), strict=True):
+        KNOWN[f"transformers.models.{_prefix}{_kind}"] = {_digest: "5.24.0"}
 METHODS = {
     "open_clip.transformer.ResidualAttentionBlock": ("attention",),
     "transformers.activations.GELUActivation": ("__init__", "_gelu_python"),
@@ -101,7 +103,7 @@ REFUSED = {
     ),
 }
 
-# what takes the place of nn.LayerNorm and nn.GELU in a library's blocks; `learn` moves verified ones into the last two
+# what does the work of nn.LayerNorm, nn.GELU and QuickGELU in a library's blocks; `learn` looks for it
 SAME_AS_LAYER_NORM = (
     "timm.layers.norm.LayerNorm",
     "timm.layers.norm.LayerNormFp32",
@@ -114,8 +116,14 @@ SAME_AS_GELU = {
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.GELUTanh": "gelu_tanh",
 }
+SAME_AS_QUICK_GELU = (
+    "timm.layers.activations.QuickGELU",
+    "transformers.activations.QuickGELUActivation",
+    "open_clip.transformer.QuickGELU",
+)
 LAYER_NORMS = {nn.LayerNorm}
 GELUS = {}  # class -> activation of layer_norm_linear
+QUICK_GELUS = set()
 
 
 SHARDED = "fully_shard has given it a class of its own"
@@ -161,13 +169,16 @@ def _why_not_known(cls, forward):
 
 
 def learn():
-    """Look for the classes of SAME_AS_LAYER_NORM and SAME_AS_GELU among what is imported."""
+    """Look for the classes of SAME_AS_LAYER_NORM, _GELU and _QUICK_GELU among what is imported."""
     for name in SAME_AS_LAYER_NORM:
         if (cls := _imported(name)) is not None and is_known(cls):
             LAYER_NORMS.add(cls)
     for name, activation in SAME_AS_GELU.items():
         if (cls := _imported(name)) is not None and is_known(cls):
             GELUS[cls] = activation
+    for name in SAME_AS_QUICK_GELU:
+        if (cls := _imported(name)) is not None and is_known(cls):
+            QUICK_GELUS.add(cls)
 
 
 def _imported(name):

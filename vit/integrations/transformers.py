@@ -1,4 +1,4 @@
-"""transformers: the layers of its ViT, DeiT, DINOv2, DINOv3, and of CLIP's and SigLIP's vision towers.
+"""transformers: the layers of its ViT (MAE, MSN, I-JEPA), DeiT, DINOv2, DINOv3, CLIP's and SigLIP's vision towers.
 
 There are two ways. `fuse(model)` swaps attention, and the layer with its MLP. Or attention alone, for every model that
 goes through transformers' AttentionInterface, by name:
@@ -173,12 +173,17 @@ VIT = ("attention", "layernorm_before", "layernorm_after", "mlp", "dropout")
 DINO = ("norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2")
 CLIP = ("self_attn", "layer_norm1", "mlp", "layer_norm2")
 _vit = (FusedAttention, FusedMLP, FusedViTLayer, VIT, "layernorm_after")
+_dino = (FusedAttention, FusedMLP, FusedDinoLayer, DINO, "norm2")
 _clip = (FusedCLIPAttention, FusedMLP, FusedCLIPLayer, CLIP, "layer_norm2", "EncoderLayer")
 _models = "transformers.models"
 FORMS = {
     **_forms(f"{_models}.vit.modeling_vit.ViT", *_vit),
+    **_forms(f"{_models}.vit_mae.modeling_vit_mae.ViTMAE", *_vit),
+    **_forms(f"{_models}.vit_msn.modeling_vit_msn.ViTMSN", *_vit),
+    **_forms(f"{_models}.ijepa.modeling_ijepa.IJepa", *_vit),
     **_forms(f"{_models}.deit.modeling_deit.DeiT", *_vit),
-    **_forms(f"{_models}.dinov2.modeling_dinov2.Dinov2", FusedAttention, FusedMLP, FusedDinoLayer, DINO, "norm2"),
+    **_forms(f"{_models}.dinov2.modeling_dinov2.Dinov2", *_dino),
+    **_forms(f"{_models}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters", *_dino),
     **_forms(
         f"{_models}.dinov3_vit.modeling_dinov3_vit.DINOv3ViT",
         *(FusedRopeAttention, FusedRopeMLP, FusedDinoLayer, DINO, "norm2"),
