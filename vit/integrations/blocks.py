@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ...kernels import attention, qkv_attention
+from ...kernels.ops import direct, direct_qkv_attention
 from .. import record
 from ..known import QUICK_GELUS, gelu_of
-from ..modules import apply, merged, untouched
+from ..modules import PLAIN_TENSORS, apply, merged, untouched
 from ..notes import NOT_MERGED, note
 
 
@@ -39,12 +40,17 @@ def asked_for(args, kwargs):
     return None
 
 
+def not_plain(x):
+    """Why the functions cannot take x, in words; None if they can."""
+    return None if type(x) in PLAIN_TENSORS else f"its input is a {type(x).__name__}"
+
+
 def attend_packed(module, qkv, heads, scale):
     """Attention on qkv (B,N,3*H*D) -> (B,N,H*D)."""
     if record.active:
-        q, k, _ = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
-        record.observe(module, q, k, scale)
-    return qkv_attention(qkv, heads, scale=scale)
+        record.observe_qkv(module, qkv, heads, scale)
+    out = direct_qkv_attention(qkv, heads, scale) if direct(qkv) and qkv.is_contiguous() else None
+    return qkv_attention(qkv, heads, scale=scale) if out is None else out
 
 
 def attend(module, q, k, v, scale):

@@ -13,7 +13,7 @@ from ..forms import Form, drops, unlike_heads
 from ..known import name_of
 from ..modules import PLAIN_TENSORS, merged_with, untouched
 from ..notes import NOT_MERGED, note
-from .blocks import TakesNorm, attend_packed
+from .blocks import TakesNorm, attend_packed, not_plain
 
 __all__ = ["FORMS", "FusedMultiheadAttention", "attend_to_itself"]
 
@@ -33,7 +33,9 @@ class FusedMultiheadAttention(TakesNorm):
         is_causal=False,
         norm=None,
     ):
-        if query is not key or key is not value or query.dim() != 3 or query.is_nested:
+        if not_plain(query):
+            why = not_plain(query)
+        elif query is not key or key is not value or query.dim() != 3 or query.is_nested:
             why = "query, key and value are not one and the same tensor of 3 dims"
         elif key_padding_mask is not None or attn_mask is not None or is_causal:
             why = "it was called with a mask"

@@ -27,5 +27,6 @@ FORMS = {
         ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"),
         ("ln_1_kv",),
         norms=(("ln_1", "attn"), ("ln_2", "mlp")),
+        skips=("ln_1", "attn", "ln_2", "mlp", "mlp.c_fc", "mlp.gelu"),
     )
 }

@@ -10,7 +10,7 @@ from ..forms import Form, drops, unlike, unlike_heads
 from ..known import gelu_of, name_of
 from ..modules import apply, idle, untouched
 from ..notes import note
-from .blocks import Fused, TakesNorm, asked_for, attend, attend_packed, feed_forward, project, with_norm
+from .blocks import Fused, TakesNorm, asked_for, attend, attend_packed, feed_forward, not_plain, project, with_norm
 
 __all__ = ["FORMS", "FusedAttention", "FusedBlock", "FusedMlp", "attention_layer"]
 
@@ -19,7 +19,11 @@ class FusedAttention(TakesNorm):
     """timm.layers.Attention. (B,N,C) -> (B,N,C')."""
 
     def forward(self, x, *args, norm=None, **kwargs):
-        why = asked_for(args, kwargs) or (None if idle(self.attn_drop) else "attn_drop drops, or has a hook")
+        why = (
+            not_plain(x)
+            or asked_for(args, kwargs)
+            or (None if idle(self.attn_drop) else "attn_drop drops, or has a hook")
+        )
         if why is not None:
             note(self, why)
             return self.plain.forward(self, x if norm is None else norm(x), *args, **kwargs)
@@ -97,13 +101,21 @@ FORMS = {
         ("gate",),
         _why_not_attention,
         lambda module: drops(module.attn_drop.p),
+        skips=("qkv", "attn_drop"),
     ),
     "timm.layers.mlp.Mlp": Form(
-        FusedMlp, ("fc1", "act", "drop1", "norm", "fc2", "drop2"), (), _why_not_mlp, _mlp_remark, in_block=True
+        FusedMlp,
+        ("fc1", "act", "drop1", "norm", "fc2", "drop2"),
+        (),
+        _why_not_mlp,
+        _mlp_remark,
+        skips=("fc1", "act"),
+        in_block=True,
     ),
     "timm.models.vision_transformer.Block": Form(
         FusedBlock,
         ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"),
         norms=(("norm1", "attn"), ("norm2", "mlp")),
+        skips=("norm1", "attn", "norm2", "mlp"),
     ),
 }

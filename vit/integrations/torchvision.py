@@ -34,5 +34,6 @@ FORMS = {
         ("ln_1", "self_attention", "dropout", "ln_2", "mlp"),
         why_not=_why_not,
         norms=(("ln_1", "self_attention"), ("ln_2", "mlp")),
+        skips=("ln_1", "self_attention", "ln_2", "mlp", "mlp.0", "mlp.1"),
     )
 }

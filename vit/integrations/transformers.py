@@ -19,7 +19,7 @@ from ..forms import Form, drops, unlike, unlike_heads
 from ..known import gelu_of, name_of
 from ..modules import apply
 from ..notes import note
-from .blocks import Fused, TakesNorm, attend, feed_forward, with_norm
+from .blocks import Fused, TakesNorm, attend, feed_forward, not_plain, with_norm
 
 __all__ = ["FORMS", "attention_forward", "register"]
 
@@ -34,7 +34,7 @@ class FusedAttention(Fused):
     OUT, SCALE, DROPOUT, ROPE = "o_proj", "scaling", "attention_dropout", False
 
     def forward(self, hidden_states, *args, **kwargs):
-        why = self._why_plain(args, kwargs)
+        why = not_plain(hidden_states) or self._why_plain(args, kwargs)
         if why is not None:
             note(self, why)
             return self.plain.forward(self, hidden_states, *args, **kwargs)
@@ -164,8 +164,8 @@ def _forms(prefix, attention, mlp, layer, children, norm, layer_name="Layer"):
     attention_children = (*PROJECTIONS, attention.OUT)
     return {
         f"{prefix}Attention": Form(attention, attention_children, (), _why_not_attention, _drops),
-        f"{prefix}MLP": Form(mlp, mlp.LAYERS, (), _why_not_mlp, _remark, in_block=True),
-        f"{prefix}{layer_name}": Form(layer, children, norms=((norm, "mlp"),)),
+        f"{prefix}MLP": Form(mlp, mlp.LAYERS, (), _why_not_mlp, _remark, skips=mlp.LAYERS[:2], in_block=True),
+        f"{prefix}{layer_name}": Form(layer, children, norms=((norm, "mlp"),), skips=(norm, "mlp")),
     }
 
 

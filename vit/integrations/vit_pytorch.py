@@ -16,7 +16,7 @@ from ..known import is_layer_norm, name_of, same_function
 from ..modules import FusedAttention, FusedFeedForward, FusedPreNorm, apply, idle, takes_norm, untouched
 from ..notes import note
 from ..reference import Attention, FeedForward, PreNorm
-from .blocks import Fused, attend_packed, feed_forward, project
+from .blocks import Fused, attend_packed, feed_forward, not_plain, project
 
 __all__ = ["FusedNormAttention", "FusedNormFeedForward", "form_of"]
 
@@ -26,7 +26,9 @@ class FusedNormAttention(Fused):
 
     def forward(self, x):
         dropout = self._modules.get("dropout")
-        if not (untouched(self.attend, nn.Softmax) and self.attend.dim == -1):
+        if not_plain(x):
+            why = not_plain(x)
+        elif not (untouched(self.attend, nn.Softmax) and self.attend.dim == -1):
             why = "attend is not an untouched softmax over the last dim"
         elif dropout is not None and not idle(dropout):
             why = "dropout drops, or has a hook"
