@@ -554,5 +554,17 @@ def test_which_tokens_are_patches(library):
             record_attention(model, rows="cls")
 
 
+def test_a_cls_token_is_of_one_tower():
+    library = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 40}
+    config = library.CLIPConfig(text_config=sizes, vision_config={**sizes, "image_size": 16, "patch_size": 4})
+    model = library.CLIPModel(config)
+    with pytest.raises(ValueError, match=r"rows is 'cls', and text_model.* no CLS token, which is vision_model's"):
+        record_attention(model, rows="cls")
+    with record_attention(model, layers="vision_model*", rows="cls") as maps, torch.no_grad():
+        model.get_image_features(images())
+    assert [map.shape for _, map in maps.items()] == [(2, 3, 1, 17)]
+
+
 def test_tokens_of_ours():
     assert tokens_of(small_vit(pool="mean")) == Tokens(0, 1)
