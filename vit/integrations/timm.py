@@ -10,7 +10,7 @@ from ..forms import Form, drops, unlike, unlike_heads
 from ..known import gelu_of, name_of
 from ..modules import apply, idle, untouched
 from ..notes import note
-from .blocks import Fused, TakesNorm, asked_for, attend, attend_packed, feed_forward, project, with_norm
+from .blocks import Fused, TakesNorm, asked_for, attend, attend_packed, feed_forward, project, traced, with_norm
 
 __all__ = ["FORMS", "FusedAttention", "FusedBlock", "FusedMlp", "attention_layer"]
 
@@ -19,6 +19,8 @@ class FusedAttention(TakesNorm):
     """timm.layers.Attention. (B,N,C) -> (B,N,C')."""
 
     def forward(self, x, *args, norm=None, **kwargs):
+        if traced(x):
+            return self.plain.forward(self, x, *args, **kwargs)
         why = asked_for(args, kwargs) or (None if idle(self.attn_drop) else "attn_drop drops, or has a hook")
         if why is not None:
             note(self, why)
