@@ -8,7 +8,7 @@ import torch
 from fused_blocks import randomise
 from libraries import library_model
 from vitriton.kernels import use_backend
-from vitriton.vit import ViT, attention_picture, fuse, look, look_models, record_attention, vit_preset
+from vitriton.vit import ViT, attention_picture, checkpoint, demo, fuse, look, look_models, record_attention, vit_preset
 from vitriton.vit.cli import main
 from vitriton.vit.look import grid_of
 from vitriton.vit.photo import dark_on_light, open_photo, pixels, prepared
@@ -251,6 +251,29 @@ def test_plain_and_fused_give_the_same(folder):
     torch.testing.assert_close(*maps)
 
 
+@pytest.mark.parametrize(
+    ("build", "photograph"),
+    [
+        ({"name": "tiny", "image_size": (32, 48), "channels": 3, "num_classes": 2, "patch_size": 8}, "photo.png"),
+        ({"name": "tiny", "image_size": (8, 8), "channels": 1, "num_classes": 2}, "sample:3"),
+    ],
+)
+def test_what_train_left(folder, build, photograph, capsys):
+    torch.manual_seed(0)
+    model = randomise(checkpoint.build(**build)).eval()
+    checkpoint.save("model.pt", {"build": build, "classes": ["cat", "dog"], "model": model.state_dict()})
+    assert main(["look", photograph, "--model", "model.pt", "--json", "a.json"]) == 0
+    out = read(folder)
+    assert {answer["class"] for answer in out["answers"]} == {"cat", "dog"} and out["blocks"] == "fused blocks"
+    assert (len(out["maps"][0]["map"]), len(out["maps"][0]["map"][0])) == ((4, 6) if build["channels"] == 3 else (4, 4))
+    if photograph == "sample:3":  # is seen as it was in the training
+        *_, images, labels = demo.digits(torch.device("cpu"))
+        image = images[labels == 3][0]
+        torch.testing.assert_close(torch.tensor(out["maps"][0]["map"]), look(model, image)[0].map, rtol=1e-3, atol=1e-5)
+    assert main(["look", photograph, "--model", "model.pt", "--size", "16"]) == 2
+    assert "--model FILE has all in it" in capsys.readouterr().err
+
+
 def test_the_demo_s_model(folder, monkeypatch, capsys):
     monkeypatch.setattr(look_models, "DEMO_EPOCHS", 1)
     assert main(["look", "sample:7", "--model", "demo", "--json", "a.json", "--out", "a.svg"]) == 0
@@ -268,6 +291,7 @@ def test_the_demo_s_model(folder, monkeypatch, capsys):
         ([".", "--model", "demo"], "cannot read .: "),
         (["sample:dog", "--model", "demo"], "there is no sample:dog, but sample:china"),
         (["photo.png", "--model", "vgg"], "--model vgg is none of timm:NAME, ti, s, b, l, h"),
+        (["photo.png", "--model", "list.pt"], "list.pt is no checkpoint of this version of `vitriton train`"),
         (["photo.png", "--model", "s"], "--model s needs its weights: --checkpoint FILE"),
         (["photo.png", "--model", "s", "--checkpoint", "no.pt"], "there is no file --checkpoint no.pt"),
         (["photo.png", "--model", "s", "--checkpoint", "text.png"], "--checkpoint text.png cannot be read as weights"),
@@ -319,7 +343,7 @@ def test_models_of_timm_that_do_not_do(folder, capsys, name, message):
 def test_a_share_is_less_than_one(capsys):
     with pytest.raises(SystemExit):
         main(["look", "photo.png", "--model", "demo", "--discard-ratio", "1"])
-    assert "1 is not at least 0 and less than 1" in capsys.readouterr().err
+    assert "argument --discard-ratio: 1 is not" in capsys.readouterr().err
 
 
 def test_columns():

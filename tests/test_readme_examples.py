@@ -16,8 +16,9 @@ def library(example):
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=map(library, EXAMPLES))
-def test_example(example, capsys):
+def test_example(example, capsys, monkeypatch, tmp_path):
     pytest.importorskip(library(example), reason=f"{library(example)} is not installed")
+    monkeypatch.chdir(tmp_path)  # one writes a picture
     with use_backend("native"):
         exec(compile(example, str(README), "exec"), {"__name__": "example"})
     assert "print(fuse" not in example or "fused " in capsys.readouterr().out

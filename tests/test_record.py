@@ -258,6 +258,11 @@ class ChannelAttention(nn.Module):
         return x @ (x.transpose(1, 2) @ x).unsqueeze(1).softmax(dim=-1).squeeze(1)
 
 
+class ColumnAttention(nn.Module):
+    def forward(self, x):
+        return (x @ x.transpose(1, 2)).unsqueeze(1).softmax(dim=2).squeeze(1) @ x
+
+
 class TwoMapsAttention(nn.Module):
     def forward(self, x):
         scores = (x @ x.transpose(1, 2)).unsqueeze(1)
@@ -277,6 +282,7 @@ class ExtraKeyAttention(nn.MultiheadAttention):
     [
         (LinearAttention, "LinearAttention calls neither softmax nor scaled_dot_product_attention"),
         (ChannelAttention, "has a softmax of 24 x 24, which is not over its 5 tokens"),
+        (ColumnAttention, "ColumnAttention calls neither softmax nor scaled_dot_product_attention"),
         (TwoMapsAttention, "makes 2 maps in one call"),
         (ExtraKeyAttention, "adds keys that are no tokens"),
     ],
@@ -290,6 +296,15 @@ def test_what_cannot_be_recorded_says_why_and_leaves_the_others(first, why):
     for ask in (lambda: maps[0], maps.stack, maps.items):
         with pytest.raises(RuntimeError, match=f"there is no map of first: .*{why}"):
             ask()
+
+
+def test_a_block_that_writes_into_its_map():
+    class InPlaceAttention(nn.Module):
+        def forward(self, x):
+            return (x @ x.transpose(1, 2)).unsqueeze(1).softmax(dim=-1).mul_(0).squeeze(1) @ x
+
+    maps = maps_of(InPlaceAttention(), torch.randn(2, 5, 24))
+    torch.testing.assert_close(maps[0].sum(dim=-1), torch.ones(2, 1, 5))
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
@@ -365,10 +380,11 @@ def test_an_exception_within_a_watched_block_leaves_nothing_behind():
     model = small_vit()
     attention = model.transformer.layers[0][0].fn
     with record_attention(model) as maps:
-        handle = attention.to_out.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model(images())
-        handle.remove()
+        for child in (attention.to_qkv, attention.to_out):  # before the softmax and behind it
+            handle = child.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(images())
+            handle.remove()
         torch.ones(1, 1, 2, 2).softmax(dim=-1)  # nobody's map
         assert not maps.watches
         model(images())
@@ -404,11 +420,11 @@ def test_a_checkpointed_block_is_recorded_once(make):
 
 def test_maps_do_not_keep_the_model():
     model = fused_vit()
-    gone = weakref.ref(model)
+    modules = [weakref.ref(module) for module in model.modules()]
     maps = maps_of(model, images())
     del model
     gc.collect()
-    assert gone() is None and maps[0].shape[0] == 2
+    assert not any(module() for module in modules) and maps[0].shape[0] == 2
 
 
 def test_a_compiled_model():
@@ -536,6 +552,18 @@ def test_which_tokens_are_patches(library):
     if tokens.cls is None:
         with pytest.raises(ValueError, match=f"rows is 'cls', and {type(model).__name__} has no CLS token"):
             record_attention(model, rows="cls")
+
+
+def test_a_cls_token_is_of_one_tower():
+    library = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 40}
+    config = library.CLIPConfig(text_config=sizes, vision_config={**sizes, "image_size": 16, "patch_size": 4})
+    model = library.CLIPModel(config)
+    with pytest.raises(ValueError, match=r"rows is 'cls', and text_model.* no CLS token, which is vision_model's"):
+        record_attention(model, rows="cls")
+    with record_attention(model, layers="vision_model*", rows="cls") as maps, torch.no_grad():
+        model.get_image_features(images())
+    assert [map.shape for _, map in maps.items()] == [(2, 3, 1, 17)]
 
 
 def test_tokens_of_ours():

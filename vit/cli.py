@@ -289,6 +289,7 @@ The model is
   timm:NAME         one of timm's Vision Transformers, with its pretrained weights, which are loaded over the network
                     once, with --checkpoint FILE, or with --random-weights;
   ti, s, b, l, h    our preset of that size with --checkpoint FILE (a state_dict), for images scaled to -1 to 1;
+  FILE              what `vitriton train` left in a file, such as vitriton-train/model.pt;
   demo              a small one, trained on scikit-learn's handwritten digits first, in half a minute.
 The middle of the photograph is cut out in the shape that the model takes. Layers and heads count from 0, and from the
 end if negative.""",
@@ -309,7 +310,9 @@ examples:
         metavar="PHOTO",
         help="a file that Pillow can read, or sample:china, sample:flower, or one of the digits sample:0 to sample:9",
     )
-    parser.add_argument("--model", metavar="NAME", required=True, help="timm:NAME, ti, s, b, l, h or demo: see above")
+    parser.add_argument(
+        "--model", metavar="NAME", required=True, help="timm:NAME, ti, s, b, l, h, FILE, demo: see above"
+    )
     parser.add_argument("--checkpoint", metavar="FILE", help="the weights to load")
     parser.add_argument("--random-weights", action="store_true", help="an untrained model: no weights are loaded")
     parser.add_argument("--method", choices=("cls", "rollout"), default="cls", help="see above (default: %(default)s)")

@@ -1,14 +1,16 @@
-"""The models that `vitriton look` can look with: timm's, our presets, and the demo's, trained on the spot."""
+"""The models that `vitriton look` can look with: timm's, our presets, `vitriton train`'s, and the demo's."""
 
 import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
+from .checkpoint import load_trained, read_checkpoint
 from .console import Problem, require
 from .photo import dark_on_light, prepared
 from .reference import PRESETS, vit_preset
@@ -46,14 +48,18 @@ def load_looker(args, console):
         if args.checkpoint or args.random_weights or args.size:
             raise Problem("--model demo trains its own model: it takes no --checkpoint, --random-weights and --size")
         return _demo(args, console)
+    if Path(args.model).is_file():
+        if args.checkpoint or args.random_weights or args.size:
+            raise Problem("--model FILE has all in it: it takes no --checkpoint, --random-weights and --size")
+        return _trained(args.model)
     torch.manual_seed(args.seed)
     if args.model.startswith("timm:"):
         return _timm(args.model.removeprefix("timm:"), args, console)
     if args.model.lower() in PRESETS:
         return _preset(args.model.lower(), args)
     raise Problem(
-        f"--model {args.model} is none of timm:NAME, {', '.join(PRESETS)} (with --checkpoint FILE) and demo; "
-        "say, timm:vit_small_patch16_224"
+        f"--model {args.model} is none of timm:NAME, {', '.join(PRESETS)} (with --checkpoint FILE), demo, and a file "
+        "of `vitriton train`; say, timm:vit_small_patch16_224"
     )
 
 
@@ -189,6 +195,18 @@ def _sizes(state, preset, args):
     return options
 
 
+def _trained(path):
+    """What `vitriton train` left in a file: pictures in colour, or the digits, which have one channel."""
+    saved = read_checkpoint(path)
+    net, classes = load_trained(path)
+    shape = (saved["build"]["channels"], *saved["build"]["image_size"])
+
+    def prepare(photo):
+        return prepared(photo, shape, HALF[: shape[0]], HALF[: shape[0]])
+
+    return Looker(net, path, _ink(shape) if shape[0] == 1 else prepare, classes.__getitem__)
+
+
 def _demo(args, console):
     require("demo", ("sklearn", "scikit-learn"), ("rich", "rich"))
     from .demo import digits, small_vit, train
@@ -201,11 +219,15 @@ def _demo(args, console):
     with torch.no_grad():
         right = (net(held_out).argmax(dim=1) == held_out_labels).float().mean().item()
 
-    def prepare(photo):
-        """Ink is dark in a photograph, and 1 in the digits."""
-        image, _ = prepared(dark_on_light(photo), (1, 8, 8), (0.5,), (0.5,))
-        shown = ((1 + image) / 2).permute(1, 2, 0).expand(-1, -1, 3)
-        return -image, shown.numpy()
-
     name = f"the demo's model (handwritten digits of 8 x 8 pixels, right on {right:.0%} of those it had not seen)"
-    return Looker(net, name, prepare, str)
+    return Looker(net, name, _ink((1, 8, 8)), str)
+
+
+def _ink(shape):
+    """How a photograph is made one of scikit-learn's digits, in which ink is 1 and paper -1."""
+
+    def prepare(photo):
+        image, _ = prepared(dark_on_light(photo), shape, HALF[:1], HALF[:1])
+        return -image, ((1 + image) / 2).permute(1, 2, 0).expand(-1, -1, 3).numpy()
+
+    return prepare

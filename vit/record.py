@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from .tokens import tokens_of
+from .tokens import cls_holder, tokens_of
 from .watch import watch_calls, watched
 
 __all__ = ["AttentionMaps", "attention_layers", "attention_map", "observe", "record_attention"]
@@ -116,7 +116,7 @@ class AttentionMaps:
             raise ValueError(f"keep is {keep!r}: it must be 'last' (the latest call of a layer) or 'all'")
         self.layers = _chosen(layers, self._found)
         self._heads = _index(heads, "heads")
-        self._rows = [_cls_row(model)] if rows == "cls" else _index(rows, "rows")
+        self._rows = [_cls_row(model, self._found, self.layers)] if rows == "cls" else _index(rows, "rows")
         self._keep_all, self._detach, self._reduce = keep == "all", detach, reduce
         self._modules = _by_module(model, self._found, self.layers)
         self._attentions = [model.get_submodule(name) for name in self.layers]
@@ -336,11 +336,17 @@ def _index(index, what):
     raise ValueError(f"{what} is {index!r}: it must be {allowed}")
 
 
-def _cls_row(model):
-    cls = tokens_of(model).cls
-    if cls is None:
+def _cls_row(model, found, layers):
+    cls, tower = tokens_of(model).cls, cls_holder(model)
+    if cls is None or tower is None:
         raise ValueError(
             f"rows is 'cls', and {type(model).__name__} has no CLS token: give rows=None, or the indices of the "
             "queries to record"
+        )
+    while not any(_below(layer, tower) for layer in found):  # from the embeddings up to the model that they are of
+        tower = tower.rpartition(".")[0]
+    if others := [layer for layer in layers if not _below(layer, tower)]:
+        raise ValueError(
+            f"rows is 'cls', and {others[0]} has no CLS token, which is {tower}'s: record that, or its layers"
         )
     return cls

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Tokens", "tokens_of"]
+__all__ = ["Tokens", "cls_holder", "tokens_of"]
 
 CLS = ("cls_token", "class_token", "class_embedding")  # ours, vit-pytorch, timm, transformers; torchvision; CLIPs
 OTHERS = (
@@ -46,6 +46,11 @@ def tokens_of(model):
         if type(prefix) is int:
             return Tokens(0 if cls and prefix else None, prefix)
     return Tokens(0 if cls else None, cls + others, after)
+
+
+def cls_holder(model):
+    """The name of the module in `model` that holds the CLS token; None if none does."""
+    return next((name for name, module in model.named_modules() if _count(module, CLS)), None)
 
 
 def _count(module, names):

@@ -81,7 +81,7 @@ class Watch(TorchFunctionMode):
             if self._over_tokens(*out.shape[-2:]):
                 self.seen += 1
                 self.recording.keep_map(self.module, out)
-        elif func is F.scaled_dot_product_attention and args[0].ndim == 4:
+        elif func is F.scaled_dot_product_attention and out.ndim == 4:
             q, k, *rest = _as_observed(*args, **kwargs)
             if self._over_tokens(q.shape[2], k.shape[2]):
                 self.seen += 1

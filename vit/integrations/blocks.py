@@ -6,6 +6,7 @@ library's own class, `plain`, whose forward holds wherever the fused one cannot 
 
 import torch
 import torch.nn.functional as F
+from torch.fx import Proxy
 
 from ...kernels import attention, qkv_attention
 from ...kernels.ops import direct, direct_qkv_attention
@@ -27,9 +28,15 @@ class TakesNorm(Fused):
 
 def with_norm(block, norm, x, *args, **kwargs):
     """block(norm(x)), the block applying `norm` itself if it can."""
-    if isinstance(block, TakesNorm) and untouched(block, type(block)):
+    if isinstance(block, TakesNorm) and untouched(block, type(block)) and not traced(x):
         return block(x, *args, norm=norm, **kwargs)
     return block(norm(x), *args, **kwargs)
+
+
+def traced(x):
+    """Whether torch.fx reads the forward, to find the steps of the plain one, as timm's and torchvision's extraction of
+    features and maps does."""
+    return isinstance(x, Proxy)
 
 
 def asked_for(args, kwargs):

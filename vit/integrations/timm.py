@@ -10,7 +10,18 @@ from ..forms import Form, drops, unlike, unlike_heads
 from ..known import gelu_of, name_of
 from ..modules import apply, idle, untouched
 from ..notes import note
-from .blocks import Fused, TakesNorm, asked_for, attend, attend_packed, feed_forward, not_plain, project, with_norm
+from .blocks import (
+    Fused,
+    TakesNorm,
+    asked_for,
+    attend,
+    attend_packed,
+    feed_forward,
+    not_plain,
+    project,
+    traced,
+    with_norm,
+)
 
 __all__ = ["FORMS", "FusedAttention", "FusedBlock", "FusedMlp", "attention_layer"]
 
@@ -19,6 +30,8 @@ class FusedAttention(TakesNorm):
     """timm.layers.Attention. (B,N,C) -> (B,N,C')."""
 
     def forward(self, x, *args, norm=None, **kwargs):
+        if traced(x):
+            return self.plain.forward(self, x, *args, **kwargs)
         why = (
             not_plain(x)
             or asked_for(args, kwargs)
