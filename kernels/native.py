@@ -24,6 +24,7 @@ __all__ = [
     "layer_norm_linear_forward",
     "layer_norm_linear_inference",
     "qkv_attention_backward",
+    "qkv_attention_inference",
 ]
 
 
@@ -51,14 +52,6 @@ def layer_norm_linear_forward(
         return linear(normed, weight, bias, activation, may_pack=may_pack), None, mean, rstd
     z = linear(normed, weight, bias, may_pack=False)
     return F.gelu(z, approximate=GELU[activation]), z, mean, rstd
-
-
-def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation):
-    """y alone, the same bits, of tensors that are all in one dtype, fp32 or bf16."""
-    if x.shape[-1] == 1:
-        return layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, False)[0]
-    normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0]
-    return linear(normed, weight, bias, activation)
 
 
 def layer_norm_linear_backward(
@@ -92,3 +85,22 @@ def layer_norm_linear_backward(
         normed = normed.to(weight.dtype)
     dweight = grad.t() @ normed.view(mean.numel(), k)
     return dx, (dnorm_weight, dnorm_bias, dweight, None if bias is None else grad.sum(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For blocks in inference: see ops.direct. The bits are those of the functions above.
+
+
+def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation=None):
+    """y of layer_norm_linear_forward, all tensors being in x's dtype, fp32 or bf16."""
+    k = x.shape[-1]
+    if k == 1:
+        return layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, False)[0]
+    return linear(torch.native_layer_norm(x, (k,), norm_weight, norm_bias, eps)[0], weight, bias, activation)
+
+
+def qkv_attention_inference(qkv, heads, scale):
+    """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D)."""
+    b, n, width = qkv.shape
+    q, k, v = qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
+    return attention_forward(q, k, v, scale, with_lse=False)[0].transpose(1, 2).view(b, n, width // 3)

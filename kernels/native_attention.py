@@ -66,6 +66,9 @@ def _in_parts(compute, q, k, v, scale, with_lse):
     images = max(1, PAIRS // (h * n * keys))
     rows = max(LEAST_ROWS, PAIRS // (h * keys))
     factor = scale * math.log2(math.e)
+    if images >= b and rows >= n:
+        compute(k, v, factor)(q, out, lse)
+        return out, lse
     for i in range(0, b, images):
         some = slice(i, i + images)
         of_rows = compute(k[some], v[some], factor)
@@ -88,7 +91,7 @@ def _by_softmax(k, v, factor):
         n = q.shape[2]
         p = torch.bmm(flat_k, (q * scale).reshape(b * h, n, d).transpose(1, 2))
         least, most = p.aminmax()
-        far = p.float().abs_().amax(1).view(b, h, n) if max(most, -least) > FAR else None
+        far = p.float().abs_().amax(1).view(b, h, n) if max(most.item(), -least.item()) > FAR else None
         if lse is not None:
             lse.copy_(p.float().logsumexp(1).view(b, h, n))
         torch.softmax(p, 1, out=p)

@@ -29,6 +29,11 @@ CLASSES = {True: (192, 256), False: (768, 1536)}  # K and N that stand for small
 SMALL = 2**19  # elements of a weight
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+if HAS_ONEDNN:
+    onednn_linear = torch.ops.mkldnn._linear_pointwise.default
+
+
 def _check_linear(name):
     if name not in LINEARS:
         raise ValueError(
@@ -45,30 +50,27 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
 
     `may_pack` False says that weight is about to change, so that a copy of it would be for nothing.
     """
-    (n, k), shape = weight.shape, x.shape
+    n, k = weight.shape
     rows = x.numel() // k
-    if x.device.type != "cpu" or not rows * n:
+    if not (x.is_cpu and rows and n):
         return _activate(F.linear(x, weight, bias), activation)
-    chosen = choice(x.dtype, rows, n, k)
+    chosen = _choice(x.dtype, rows < FEW_ROWS, n * k <= SMALL, torch.get_num_threads(), forced)
     if chosen.linear == "pytorch":
         return _activate(_pytorch_linear(x, weight, bias), activation)
-    copy = packed(weight) if may_pack and rows >= PACKED_ROWS and chosen.linear == "packed" else None
-    if copy is None:
-        copy = _contiguous(weight)
-    x = _contiguous(x)  # oneDNN has slow ways for other layouts
+    w = packed(weight) if may_pack and rows >= PACKED_ROWS and chosen.linear == "packed" else None
+    if w is None:
+        w = weight if weight.is_contiguous() else weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if not x.is_contiguous():
+        x = x.contiguous()  # oneDNN has slow ways for other layouts
     if x.dim() == 1:
-        x = x.view(1, k)
-    if bias is not None:
-        bias = _contiguous(bias)
+        return linear(x.view(1, k), weight, bias, activation, may_pack=may_pack).view(n)
+    if activation is None:
+        return onednn_linear(x, w, bias, "none", (), "")
     if activation == "gelu" and chosen.fuses_gelu:
-        y = torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "gelu", [], "none")
-    else:
-        y = _activate(torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], ""), activation)
-    return y if len(shape) > 1 else y.view(n)
-
-
-def _contiguous(t):
-    return t if t.is_contiguous() else t.contiguous()
+        return onednn_linear(x, w, bias, "gelu", (), "none")
+    return _activate(onednn_linear(x, w, bias, "none", (), ""), activation)
 
 
 def _pytorch_linear(x, weight, bias):
@@ -90,7 +92,8 @@ class _Known:
     """A weight that was used: a weak reference to it, what it was, and its copy with sums of its bits, if there is one.
 
     `bits` are those of the weight, in rows that overlap and that are longer than the weight's: each of `sums` is over
-    one of them, so that rows or columns that change places change some.
+    one of them, so that rows or columns that change places change some. (What the sums alone would miss are words of
+    8 bytes that change places within one row, in a way that PyTorch does not count.)
     """
 
     __slots__ = ("bits", "copy", "ref", "state", "sums")
@@ -157,10 +160,8 @@ def _forget_dead(key, ref):
 
 def forget(*weights):
     """Give the copies of these weights back; of all, if none are named."""
-    if not weights:
-        _known.clear()
-    for weight in weights:
-        _known.pop(id(weight), None)
+    for key in map(id, weights) if weights else list(_known):
+        _known.pop(key, None)
 
 
 def packed_bytes():
@@ -193,20 +194,19 @@ def _choice(dtype, few_rows, small, threads, forced):
         return Choice("pytorch", False, f"{VARIABLE} is 'pytorch'")
     why_not = why_not_onednn(dtype)
     if why_not is not None:
-        if forced != "auto":
+        if forced != "auto" and not HAS_ONEDNN:
             raise RuntimeError(f"{VARIABLE} is {forced!r}, which cannot run: {why_not}")
         return Choice("pytorch", False, why_not)
     k, n = CLASSES[small]
     x, weight = _sample(16 if few_rows else 192, k).to(dtype), _sample(n, k).to(dtype)
     copy = torch.ops.mkldnn._reorder_linear_weight(weight)
-    onednn = torch.ops.mkldnn._linear_pointwise.default
-    z = onednn(x, weight, None, "none", [], "")
+    z = onednn_linear(x, weight, None, "none", (), "")
     # in half precision oneDNN's own GELU skips a rounding that the backward pass has
     fuses_gelu = dtype == torch.float32 and not few_rows
-    fuses_gelu = fuses_gelu and torch.equal(onednn(x, copy, None, "gelu", [], "none"), F.gelu(z))
+    fuses_gelu = fuses_gelu and torch.equal(onednn_linear(x, copy, None, "gelu", (), "none"), F.gelu(z))
     if few_rows:
         best, reason = "onednn", "oneDNN is as fast or faster"
-    elif torch.equal(onednn(x, copy, None, "none", [], ""), z):
+    elif torch.equal(onednn_linear(x, copy, None, "none", (), ""), z):
         best, reason = "packed", "oneDNN is as fast or faster, most of all on weights in its own layout"
     else:
         best, reason = "onednn", "oneDNN is as fast or faster, but gives other bits on weights in its own layout"
@@ -215,8 +215,8 @@ def _choice(dtype, few_rows, small, threads, forced):
         return Choice(linear, fuses_gelu, f"{VARIABLE} is {forced!r}")
     seconds = _fastest(
         pytorch=lambda: F.linear(x, weight),
-        onednn=lambda: onednn(x, weight, None, "none", [], ""),
-        packed=lambda: onednn(x, copy, None, "none", [], ""),
+        onednn=lambda: onednn_linear(x, weight, None, "none", (), ""),
+        packed=lambda: onednn_linear(x, copy, None, "none", (), ""),
     )
     if seconds["pytorch"] < MARGIN * seconds[best]:
         best, reason = "pytorch", "PyTorch's own product is faster here"
@@ -244,7 +244,7 @@ def _fastest(*, turns=5, **calls):
 @cache
 def why_not_onednn(dtype):
     """Why oneDNN's Linear cannot take a dtype here, in words; None if it can."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not HAS_ONEDNN:
         return "this PyTorch has no oneDNN, or not its Linear"
     if dtype == torch.float32:
         return None
