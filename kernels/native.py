@@ -14,7 +14,7 @@ from .native_attention import (
     images_by_products,
     qkv_attention_backward,
 )
-from .packed import GELU, linear
+from .packed import GELU, linear, weight_grad
 
 __all__ = [
     "attention_backward",
@@ -23,6 +23,7 @@ __all__ = [
     "layer_norm_linear_backward",
     "layer_norm_linear_forward",
     "layer_norm_linear_inference",
+    "linear_backward",
     "qkv_attention_backward",
     "qkv_attention_inference",
 ]
@@ -64,7 +65,8 @@ def layer_norm_linear_backward(
     gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
     grad = grad.reshape(mean.numel(), weight.shape[0])
     # of one column, PyTorch's product sums term by term, and errs more
-    dy = (grad @ weight if k > 1 else (grad * weight.t()).sum(1, keepdim=True)).view(x.shape)
+    dy = linear(grad, weight.t(), None, may_pack=False) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
+    dy = dy.view(x.shape)
     if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
         dy = dy.to(acc)
     # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
@@ -83,8 +85,18 @@ def layer_norm_linear_backward(
     normed = _layer_norm(x, gamma, beta, eps)[0]
     if normed.dtype != weight.dtype:
         normed = normed.to(weight.dtype)
-    dweight = grad.t() @ normed.view(mean.numel(), k)
+    dweight = weight_grad(grad, normed.view(mean.numel(), k))
     return dx, (dnorm_weight, dnorm_bias, dweight, None if bias is None else grad.sum(0))
+
+
+def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
+    """The gradients of Linear's x (...,K), weight (N,K) and bias, given grad (...,N); None where not needed."""
+    grad, x = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+    return (
+        linear(grad, weight.t(), None, may_pack=False) if need_dx else None,
+        weight_grad(grad, x) if need_dweight else None,
+        grad.sum(0) if need_dbias else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

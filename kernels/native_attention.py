@@ -34,7 +34,7 @@ MOST_PAIRS = 2**25
 def attention_forward(q, k, v, scale, *, with_lse=True):
     """q (B,H,Nq,D), k and v (B,H,Nk,D) -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq) in natural logarithms.
 
-    lse is None unless `with_lse`.
+    lse is None unless `with_lse`, and NaN where the backward pass does not need it.
     """
     if q.device.type != "cpu":
         scores = torch.matmul(q, k.transpose(-1, -2)) * scale
@@ -93,11 +93,11 @@ def _by_softmax(k, v, factor):
         least, most = p.aminmax()
         far = p.float().abs_().amax(1).view(b, h, n) if max(most.item(), -least.item()) > FAR else None
         if lse is not None:
-            lse.copy_(p.float().logsumexp(1).view(b, h, n))
+            lse.fill_(torch.nan)  # the backward pass, by products too, needs none
         torch.softmax(p, 1, out=p)
         out.copy_(torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d))
         if far is not None:
-            _replace_far(far, q, k, v, scale, out, lse)
+            _replace_far(far, q, k, v, scale, out, None)
 
     return of_rows
 
@@ -174,6 +174,11 @@ def _heads_product(x, weight, groups):
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
     images = images_by_products(q, q.shape[1] * q.shape[2] * k.shape[2])
+    if not images and form(q, k) == "convolutions":
+        images = max(1, PAIRS // (q.shape[1] * q.shape[2] * k.shape[2]))
+        for tensors in zip(*(t.split(images) for t in (grad, q, k, v, out, lse, dq, dk, dv)), strict=True):
+            _backward_by_convolutions(*tensors, scale)
+        return
     if not images:
         grads = _flash_backward(*_rows_contiguous(grad, q, k, v, out), lse, 0.0, False, scale=scale)
         for d, g in zip((dq, dk, dv), grads, strict=True):
@@ -206,6 +211,35 @@ def images_by_products(q, pairs):
     if q.device.type != "cpu":
         return q.shape[0]
     return MOST_PAIRS // pairs if q.dtype == torch.bfloat16 else 0  # fp16 scores may overflow
+
+
+def _backward_by_convolutions(grad, q, k, v, out, lse, dq, dk, dv, scale):
+    """The products of _by_convolutions, with two maps (Nk,B,H,Nq) of p = exp(scale q kᵀ - lse) and of its gradient."""
+    (b, h, n, d), keys = q.shape, k.shape[2]
+    groups = b * h
+
+    def as_tokens(t):  # (B,H,N,D) -> (N,B*H*D)
+        return t.permute(2, 0, 1, 3).reshape(t.shape[2], groups * d)
+
+    def as_weight(t):  # (B,H,N,D) -> (B*H*N,D,1,1)
+        return t.reshape(-1, d, 1, 1)
+
+    def as_transposed_weight(t):  # (B,H,N,D) -> (B*H*D,N,1,1)
+        return t.transpose(2, 3).reshape(groups * d, -1, 1, 1)
+
+    p = _heads_product(as_tokens(k), as_weight(q), groups).view(keys, b, h, n)
+    torch.add(lse * -math.log2(math.e), p, alpha=scale * math.log2(math.e), out=p)
+    p.exp2_()
+    ds = _heads_product(as_tokens(v), as_weight(grad), groups).view(keys, b, h, n)
+    ds.sub_((grad * out).sum(3)).mul_(p)
+
+    def product(x, weight, into, factor):  # x (N,B,H,M) times weight's (B*H*D,M) -> into (B,H,N,D)
+        y = _heads_product(x.reshape(x.shape[0], -1), weight, groups).view(-1, b, h, d)
+        torch.mul(y, factor, out=into.permute(2, 0, 1, 3))
+
+    product(p, as_transposed_weight(grad), dv, 1.0)
+    product(ds, as_transposed_weight(q), dk, scale)
+    product(ds.permute(3, 1, 2, 0), as_transposed_weight(k), dq, scale)
 
 
 def _backward_by_products(grad, q, k, v, scale):

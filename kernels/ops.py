@@ -457,12 +457,43 @@ def direct_layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activ
     return native.layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation)
 
 
+class _Linear(torch.autograd.Function):
+    """F.linear by native.py's products, in fp32 on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return packed.linear(x, weight, bias, may_pack=False)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            dx, dweight, dbias = native.linear_backward(grad, x, weight, *ctx.needs_input_grad)
+            return None if dx is None else dx.view(x.shape), dweight, dbias
+        # a gradient of this gradient is to come
+        rows, needed = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+        return (
+            grad @ weight if needed[0] else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None,
+            rows.sum(0) if needed[2] else None,
+        )
+
+
 def linear(x, weight, bias):
-    """F.linear(x, weight, bias), by packed.py's faster ways where nothing is to be differentiated."""
+    """F.linear(x, weight, bias), by packed.py's faster ways where it surely comes to the same."""
     tensors = x, weight, bias
-    if _watched(tensors) or needs_grad(*tensors):
+    if _watched(tensors):
         return F.linear(*tensors)
-    return packed.linear(*tensors)
+    if not needs_grad(*tensors):
+        return packed.linear(*tensors)
+    return _Linear.apply(*tensors) if _trains_by_onednn(x, weight) else F.linear(*tensors)
+
+
+def _trains_by_onednn(x, weight):
+    if not (x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel() and weight.numel()):
+        return False
+    return packed.choice(x.dtype, x.numel() // weight.shape[1], *weight.shape).linear != "pytorch"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ LINEARS = ("auto", "pytorch", "onednn", "packed")
 VARIABLE = "VITRITON_CPU_LINEAR"
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
+LONGEST = 768  # of K in fp32 in one product by oneDNN: see _sum_of_products
+SUMMED_ROWS = 512  # of weight_grad's inputs in one product, for the same reason
 MARGIN = 0.9  # oneDNN is passed over where PyTorch's own product takes less than this part of its time
 FEW_ROWS = 32  # with fewer, a product takes as long as reading the weight
 PACKED_ROWS = 384  # with fewer, checking a copy, which reads the weight, takes as long as the copy saves
@@ -57,20 +59,60 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
     chosen = _choice(x.dtype, rows < FEW_ROWS, n * k <= SMALL, torch.get_num_threads(), forced)
     if chosen.linear == "pytorch":
         return _activate(_pytorch_linear(x, weight, bias), activation)
-    w = packed(weight) if may_pack and rows >= PACKED_ROWS and chosen.linear == "packed" else None
-    if w is None:
-        w = weight if weight.is_contiguous() else weight.contiguous()
+    pieces = -(-k // LONGEST) if x.dtype == torch.float32 else 1
+    w = None
+    if may_pack and chosen.linear == "packed" and (rows >= PACKED_ROWS or pieces > 1):
+        w = packed(weight, pieces)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if not x.is_contiguous():
         x = x.contiguous()  # oneDNN has slow ways for other layouts
     if x.dim() == 1:
         return linear(x.view(1, k), weight, bias, activation, may_pack=may_pack).view(n)
+    if pieces > 1:
+        return _activate(_sum_of_products(x, w or _split(weight, pieces), bias), activation)
+    w = w[0] if w else _as_onednn_takes(weight)
     if activation is None:
         return onednn_linear(x, w, bias, "none", (), "")
     if activation == "gelu" and chosen.fuses_gelu:
         return onednn_linear(x, w, bias, "gelu", (), "none")
     return _activate(onednn_linear(x, w, bias, "none", (), ""), activation)
+
+
+def _as_onednn_takes(weight):
+    """Weight (N,K) in a layout for which oneDNN has a fast way: contiguous, or the transpose of what is."""
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
+def _split(weight, pieces):
+    """Weight (N,K) along K into so many pieces; their widths, but for the last one's, are multiples of 64."""
+    width = -(-weight.shape[1] // (64 * pieces)) * 64
+    return [_as_onednn_takes(piece) for piece in weight.split(width, 1)]
+
+
+def _sum_of_products(x, weights, bias):
+    """x (...,K) times the weight that was split: oneDNN's own sum over K has one term after the other, and so errs
+    more, the longer it is."""
+    y, start = None, 0
+    for weight in weights:
+        stop = start + weight.shape[1]
+        part = onednn_linear(x[..., start:stop].contiguous(), weight, bias if y is None else None, "none", (), "")
+        y, start = part if y is None else y.add_(part), stop
+    return y
+
+
+def weight_grad(grad, x):
+    """gradᵀ x: grad (M,N), x (M,K) -> (N,K), the gradient of Linear's weight."""
+    (m, n), k = grad.shape, x.shape[1]
+    if not (x.is_cpu and x.dtype == torch.float32 and m * n * k and choice(x.dtype, m, n, k).linear != "pytorch"):
+        return grad.t() @ x  # in half precision by oneDNN already
+    # the smaller one is transposed in memory, the other is read as it lies
+    first, second = (grad, x) if n <= k else (x, grad)
+    total = None
+    for a, b in zip(first.split(SUMMED_ROWS), second.split(SUMMED_ROWS), strict=True):
+        part = onednn_linear(a.t().contiguous(), b.contiguous().t(), None, "none", (), "")
+        total = part if total is None else total.add_(part)
+    return total if n <= k else total.t().contiguous()
 
 
 def _pytorch_linear(x, weight, bias):
@@ -108,16 +150,16 @@ _known = {}  # id of a weight -> _Known: weak, and in no state_dict, pickle or d
 _making = threading.Lock()
 
 
-def packed(weight):
-    """The copy of weight (N,K) in oneDNN's layout; None if it was not used before in its present state, or cannot be
-    copied."""
+def packed(weight, pieces=1):
+    """The copy of weight (N,K) in oneDNN's layout, of each of its `pieces`; None if it was not used before in its
+    present state, or cannot be copied."""
     known = _known.get(id(weight))
     state = _state(weight)
     if known is None or known.ref() is not weight or known.state != state:
         _known[id(weight)] = _Known(weight, state)
         return None
     if known.copy is None:
-        return _make(known, weight)
+        return _make(known, weight, pieces)
     if not torch.equal(known.bits.sum(1), known.sums):
         _known[id(weight)] = _Known(weight, state)
         return None
@@ -129,13 +171,13 @@ def _state(weight):
     return version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
-def _make(known, weight):
+def _make(known, weight, pieces):
     with _making:  # so that threads that share a model do not make several
         if known.copy is None and _copyable(weight):
             bits = _bits(weight)
             # the sums before the copy: what changes in between is then found at the next use
             known.sums, known.bits = bits.sum(1), bits
-            known.copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            known.copy = [torch.ops.mkldnn._reorder_linear_weight(piece) for piece in _split(weight.detach(), pieces)]
     return known.copy
 
 
@@ -167,7 +209,7 @@ def forget(*weights):
 def packed_bytes():
     """How many copies there are, and how many bytes they take."""
     copies = [known.copy for known in list(_known.values()) if known.copy is not None]
-    return len(copies), sum(copy.numel() * copy.element_size() for copy in copies)
+    return len(copies), sum(piece.numel() * piece.element_size() for copy in copies for piece in copy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
