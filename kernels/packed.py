@@ -8,15 +8,15 @@ same memory, the same version, and the same bits, of which sums are kept, as PyT
 `.data`, NumPy, or another process.
 """
 
-import os
 import threading
-import time
 import weakref
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+
+from .choice import fastest, from_environment, in_words, once, sample
 
 LINEARS = ("auto", "pytorch", "onednn", "packed")
 VARIABLE = "VITRITON_CPU_LINEAR"
@@ -36,15 +36,7 @@ if HAS_ONEDNN:
     onednn_linear = torch.ops.mkldnn._linear_pointwise.default
 
 
-def _check_linear(name):
-    if name not in LINEARS:
-        raise ValueError(
-            f"the environment variable {VARIABLE} is {name!r}; allowed are {', '.join(map(repr, LINEARS))}"
-        )
-    return name
-
-
-forced = _check_linear(os.environ.get(VARIABLE, "auto"))
+forced = from_environment(VARIABLE, LINEARS)
 
 
 def linear(x, weight, bias, activation=None, *, may_pack=True):
@@ -53,9 +45,9 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
     `may_pack` False says that weight is about to change, so that a copy of it would be for nothing.
     """
     n, k = weight.shape
-    rows = x.numel() // k
-    if not (x.is_cpu and rows and n):
+    if not (x.is_cpu and x.numel() and n):
         return _activate(F.linear(x, weight, bias), activation)
+    rows = x.numel() // k
     chosen = _choice(x.dtype, rows < FEW_ROWS, n * k <= SMALL, torch.get_num_threads(), forced)
     if chosen.linear == "pytorch":
         return _activate(_pytorch_linear(x, weight, bias), activation)
@@ -225,12 +217,20 @@ class Choice:
     why: str
 
 
+def in_words_for(dtype):
+    """How Linear is computed in a dtype, and why, for small and for large weights."""
+    small, large = (choice(dtype, 192, n, k) for k, n in (CLASSES[True], CLASSES[False]))
+    if small == large:
+        return f"Linear by {small.linear}: {small.why}"
+    return f"Linear of small weights by {small.linear}: {small.why}; of others by {large.linear}: {large.why}"
+
+
 def choice(dtype, rows, n, k):
     """The Choice for a product (rows,K) times (N,K)ᵀ: forced, or measured at its first use in a process."""
     return _choice(dtype, rows < FEW_ROWS, n * k <= SMALL, torch.get_num_threads(), forced)
 
 
-@cache
+@once
 def _choice(dtype, few_rows, small, threads, forced):
     if forced == "pytorch":
         return Choice("pytorch", False, f"{VARIABLE} is 'pytorch'")
@@ -240,7 +240,7 @@ def _choice(dtype, few_rows, small, threads, forced):
             raise RuntimeError(f"{VARIABLE} is {forced!r}, which cannot run: {why_not}")
         return Choice("pytorch", False, why_not)
     k, n = CLASSES[small]
-    x, weight = _sample(16 if few_rows else 192, k).to(dtype), _sample(n, k).to(dtype)
+    x, weight = sample(16 if few_rows else 192, k).to(dtype), sample(n, k).to(dtype)
     copy = torch.ops.mkldnn._reorder_linear_weight(weight)
     z = onednn_linear(x, weight, None, "none", (), "")
     # in half precision oneDNN's own GELU skips a rounding that the backward pass has
@@ -255,32 +255,15 @@ def _choice(dtype, few_rows, small, threads, forced):
     if forced != "auto":
         linear = "onednn" if few_rows else forced
         return Choice(linear, fuses_gelu, f"{VARIABLE} is {forced!r}")
-    seconds = _fastest(
+    seconds = fastest(
         pytorch=lambda: F.linear(x, weight),
         onednn=lambda: onednn_linear(x, weight, None, "none", (), ""),
         packed=lambda: onednn_linear(x, copy, None, "none", (), ""),
     )
     if seconds["pytorch"] < MARGIN * seconds[best]:
         best, reason = "pytorch", "PyTorch's own product is faster here"
-    times = ", ".join(f"{name} {1e6 * s:.0f} us" for name, s in seconds.items())
-    return Choice(best, fuses_gelu and best != "pytorch", f"{reason} ({len(x)} x {k} x {n}: {times})")
-
-
-def _sample(m, k):
-    """Values (m,k) in fp32 from -1 to 1, not from the generator, whose state is the user's."""
-    return torch.arange(m * k, dtype=torch.float32).remainder_(1009).sub_(504).div_(504).view(m, k)
-
-
-def _fastest(*, turns=5, **calls):
-    """The shortest time of each call, in seconds, of some that were made in turns."""
-    seconds = dict.fromkeys(calls, float("inf"))
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
+    why = f"{reason} ({len(x)} x {k} x {n}: {in_words(seconds)})"
+    return Choice(best, fuses_gelu and best != "pytorch", why)
 
 
 @cache

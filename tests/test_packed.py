@@ -314,7 +314,7 @@ def test_the_choice_is_made_once_and_says_why(dtype, monkeypatch):
 def test_the_slower_product_is_passed_over(monkeypatch):
     monkeypatch.setattr(packed, "forced", "auto")
     for slow, expected in (("packed", "pytorch"), ("pytorch", "packed")):
-        monkeypatch.setattr(packed, "_fastest", lambda slow=slow, **calls: {n: 1 + (n == slow) for n in calls})
+        monkeypatch.setattr(packed, "fastest", lambda slow=slow, **calls: {n: 1 + (n == slow) for n in calls})
         packed._choice.cache_clear()
         assert packed.choice(torch.float32, 197, 768, 192).linear == expected
     packed._choice.cache_clear()
