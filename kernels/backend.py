@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from . import native_attention, packed
 from .launch import INTERPRET, chip_of, triton
 
 BACKENDS = ("auto", "triton", "native")
@@ -88,6 +89,8 @@ def _tuned(device):
 def explain(*tensors):
     """Say in words which implementation a call with these tensors takes, and why the other is passed over.
 
+    On a CPU also which products of matrices Linear and attention take; what was not measured yet is measured now.
+
     Raises RuntimeError, as the call would, if the backend that was chosen cannot run.
     """
     x = tensors[0]
@@ -97,6 +100,8 @@ def explain(*tensors):
         if _backend == "triton":
             passed_over = "the native path is passed over because the backend 'triton' was chosen"
         return f"Triton, {how}{_tuned(x.device)}; {passed_over}"
-    if _backend == "native":
-        return "native; Triton is passed over because the backend 'native' was chosen"
-    return f"native; Triton is passed over because {why_not_triton(x.device, x.dtype)}"
+    why_not = "the backend 'native' was chosen" if _backend == "native" else why_not_triton(x.device, x.dtype)
+    said = f"native; Triton is passed over because {why_not}"
+    if x.device.type == "cpu" and x.dtype.is_floating_point:
+        said += f"; {packed.in_words_for(x.dtype)}; {native_attention.in_words_for(x.dtype)}"
+    return said

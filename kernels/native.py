@@ -14,7 +14,7 @@ from .native_attention import (
     images_by_products,
     qkv_attention_backward,
 )
-from .packed import GELU, linear
+from .packed import GELU, linear, weight_grad
 
 __all__ = [
     "attention_backward",
@@ -23,7 +23,9 @@ __all__ = [
     "layer_norm_linear_backward",
     "layer_norm_linear_forward",
     "layer_norm_linear_inference",
+    "linear_backward",
     "qkv_attention_backward",
+    "qkv_attention_inference",
 ]
 
 
@@ -53,14 +55,6 @@ def layer_norm_linear_forward(
     return F.gelu(z, approximate=GELU[activation]), z, mean, rstd
 
 
-def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation):
-    """y alone, the same bits, of tensors that are all in one dtype, fp32 or bf16."""
-    if x.shape[-1] == 1:
-        return layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, False)[0]
-    normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0]
-    return linear(normed, weight, bias, activation)
-
-
 def layer_norm_linear_backward(
     grad, x, norm_weight, norm_bias, weight, bias, z, mean, rstd, eps, activation, need_dx, need_dw
 ):
@@ -71,7 +65,8 @@ def layer_norm_linear_backward(
     gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
     grad = grad.reshape(mean.numel(), weight.shape[0])
     # of one column, PyTorch's product sums term by term, and errs more
-    dy = (grad @ weight if k > 1 else (grad * weight.t()).sum(1, keepdim=True)).view(x.shape)
+    dy = linear(grad, weight.t(), None, may_pack=False) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
+    dy = dy.view(x.shape)
     if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
         dy = dy.to(acc)
     # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
@@ -90,5 +85,34 @@ def layer_norm_linear_backward(
     normed = _layer_norm(x, gamma, beta, eps)[0]
     if normed.dtype != weight.dtype:
         normed = normed.to(weight.dtype)
-    dweight = grad.t() @ normed.view(mean.numel(), k)
+    dweight = weight_grad(grad, normed.view(mean.numel(), k))
     return dx, (dnorm_weight, dnorm_bias, dweight, None if bias is None else grad.sum(0))
+
+
+def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
+    """The gradients of Linear's x (...,K), weight (N,K) and bias, given grad (...,N); None where not needed."""
+    grad, x = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+    return (
+        linear(grad, weight.t(), None, may_pack=False) if need_dx else None,
+        weight_grad(grad, x) if need_dweight else None,
+        grad.sum(0) if need_dbias else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For blocks in inference: see ops.direct. The bits are those of the functions above.
+
+
+def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation=None):
+    """y of layer_norm_linear_forward, all tensors being in x's dtype, fp32 or bf16."""
+    k = x.shape[-1]
+    if k == 1:
+        return layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, False)[0]
+    return linear(torch.native_layer_norm(x, (k,), norm_weight, norm_bias, eps)[0], weight, bias, activation)
+
+
+def qkv_attention_inference(qkv, heads, scale):
+    """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D)."""
+    b, n, width = qkv.shape
+    q, k, v = qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
+    return attention_forward(q, k, v, scale, with_lse=False)[0].transpose(1, 2).view(b, n, width // 3)

@@ -8,19 +8,25 @@ tokens. They are made for so many images, or rows of one image, at a time that t
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
+from .choice import fastest, from_environment, in_words, once, sample
 from .launch import accumulator
-from .packed import why_not_onednn
+from .packed import HAS_ONEDNN, MARGIN, why_not_onednn
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+VARIABLE = "VITRITON_CPU_ATTENTION"
+forced = from_environment(VARIABLE, ("auto", "flash", "products"))
 
 # Where products are used: the number of keys, in bf16 and in fp32, in which the error grows with it, and of pairs
 LEAST_KEYS_BF16 = 48
 LEAST_KEYS, MOST_KEYS = 96, 640
 LEAST_PAIRS = 2**17
+MOST_SUMMED = 400  # queries or keys in the backward pass in fp32
 SMALL_MAP = 2**19  # pairs of an image, below which few operators matter more than that each is fast
 PAIRS = 2**20  # in one map of the forward pass: 4 MB in fp32
 LEAST_ROWS = 64  # of queries in one map, so that products stay fast
@@ -34,7 +40,7 @@ MOST_PAIRS = 2**25
 def attention_forward(q, k, v, scale, *, with_lse=True):
     """q (B,H,Nq,D), k and v (B,H,Nk,D) -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq) in natural logarithms.
 
-    lse is None unless `with_lse`.
+    lse is None unless `with_lse`, and NaN where the backward pass does not need it.
     """
     if q.device.type != "cpu":
         scores = torch.matmul(q, k.transpose(-1, -2)) * scale
@@ -50,11 +56,52 @@ def attention_forward(q, k, v, scale, *, with_lse=True):
 def form(q, k):
     """How attention of q (B,H,Nq,D) and k (B,H,Nk,D) is computed on a CPU: "flash", or one of FORMS."""
     (b, h, n, _), keys = q.shape, k.shape[2]
-    if q.dtype == torch.bfloat16 and keys >= LEAST_KEYS_BF16 and why_not_onednn(q.dtype) is None:
+    if q.dtype == torch.bfloat16 and keys >= LEAST_KEYS_BF16 and choice(q.dtype).products:
         return "softmax" if h * n * keys <= SMALL_MAP else "products"
-    if q.dtype == torch.float32 and LEAST_KEYS <= keys <= MOST_KEYS and why_not_onednn(q.dtype) is None:
+    if q.dtype == torch.float32 and LEAST_KEYS <= keys <= MOST_KEYS and choice(q.dtype).products:
         return "convolutions" if b * h * n * keys >= LEAST_PAIRS else "flash"
     return "flash"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether attention is computed by products of matrices, where their number allows it, and why."""
+
+    products: bool
+    why: str
+
+
+def choice(dtype):
+    """The Choice for a dtype: forced, or measured at its first use in a process."""
+    return _choice(dtype, torch.get_num_threads(), forced)
+
+
+@once
+def _choice(dtype, threads, forced):
+    why_not = why_not_onednn(dtype)
+    if dtype == torch.float16:
+        why_not = "fp16 may overflow in products of matrices"
+    if why_not is not None:
+        if forced == "products" and not HAS_ONEDNN:
+            raise RuntimeError(f"{VARIABLE} is 'products', which cannot run: {why_not}")
+        return Choice(False, why_not)
+    if forced != "auto":
+        return Choice(forced == "products", f"{VARIABLE} is {forced!r}")
+    q = sample(1, 12, 197, 64).to(dtype)
+    compute = _by_softmax if dtype == torch.bfloat16 else _by_convolutions
+    seconds = fastest(
+        turns=9, flash=lambda: _flash(q, q, q), products=lambda: _in_parts(compute, q, q, q, 0.125, False)
+    )
+    products = seconds["flash"] >= MARGIN * seconds["products"]
+    which = "it is as fast or faster here" if products else "it is faster here"
+    return Choice(products, f"{which} (1 x 12 x 197 x 64: {in_words(seconds)})")
+
+
+def in_words_for(dtype):
+    """How attention is computed in a dtype, and why."""
+    chosen = choice(dtype)
+    how = "products of matrices, where tokens are not few," if chosen.products else "PyTorch's fused operator"
+    return f"attention by {how}: {chosen.why}".replace(",:", ":")
 
 
 def _in_parts(compute, q, k, v, scale, with_lse):
@@ -66,6 +113,9 @@ def _in_parts(compute, q, k, v, scale, with_lse):
     images = max(1, PAIRS // (h * n * keys))
     rows = max(LEAST_ROWS, PAIRS // (h * keys))
     factor = scale * math.log2(math.e)
+    if images >= b and rows >= n:
+        compute(k, v, factor)(q, out, lse)
+        return out, lse
     for i in range(0, b, images):
         some = slice(i, i + images)
         of_rows = compute(k[some], v[some], factor)
@@ -88,13 +138,13 @@ def _by_softmax(k, v, factor):
         n = q.shape[2]
         p = torch.bmm(flat_k, (q * scale).reshape(b * h, n, d).transpose(1, 2))
         least, most = p.aminmax()
-        far = p.float().abs_().amax(1).view(b, h, n) if max(most, -least) > FAR else None
+        far = p.float().abs_().amax(1).view(b, h, n) if max(most.item(), -least.item()) > FAR else None
         if lse is not None:
-            lse.copy_(p.float().logsumexp(1).view(b, h, n))
+            lse.fill_(torch.nan)  # the backward pass, by products too, needs none
         torch.softmax(p, 1, out=p)
         out.copy_(torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d))
         if far is not None:
-            _replace_far(far, q, k, v, scale, out, lse)
+            _replace_far(far, q, k, v, scale, out, None)
 
     return of_rows
 
@@ -171,6 +221,11 @@ def _heads_product(x, weight, groups):
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
     images = images_by_products(q, q.shape[1] * q.shape[2] * k.shape[2])
+    if not images and form(q, k) == "convolutions" and max(q.shape[2], k.shape[2]) <= MOST_SUMMED:
+        images = max(1, PAIRS // (q.shape[1] * q.shape[2] * k.shape[2]))
+        for tensors in zip(*(t.split(images) for t in (grad, q, k, v, out, lse, dq, dk, dv)), strict=True):
+            _backward_by_convolutions(*tensors, scale)
+        return
     if not images:
         grads = _flash_backward(*_rows_contiguous(grad, q, k, v, out), lse, 0.0, False, scale=scale)
         for d, g in zip((dq, dk, dv), grads, strict=True):
@@ -203,6 +258,35 @@ def images_by_products(q, pairs):
     if q.device.type != "cpu":
         return q.shape[0]
     return MOST_PAIRS // pairs if q.dtype == torch.bfloat16 else 0  # fp16 scores may overflow
+
+
+def _backward_by_convolutions(grad, q, k, v, out, lse, dq, dk, dv, scale):
+    """The products of _by_convolutions, with two maps (Nk,B,H,Nq) of p = exp(scale q kᵀ - lse) and of its gradient."""
+    (b, h, n, d), keys = q.shape, k.shape[2]
+    groups = b * h
+
+    def as_tokens(t):  # (B,H,N,D) -> (N,B*H*D)
+        return t.permute(2, 0, 1, 3).reshape(t.shape[2], groups * d)
+
+    def as_weight(t):  # (B,H,N,D) -> (B*H*N,D,1,1)
+        return t.reshape(-1, d, 1, 1)
+
+    def as_transposed_weight(t):  # (B,H,N,D) -> (B*H*D,N,1,1)
+        return t.transpose(2, 3).reshape(groups * d, -1, 1, 1)
+
+    p = _heads_product(as_tokens(k), as_weight(q), groups).view(keys, b, h, n)
+    torch.add(lse * -math.log2(math.e), p, alpha=scale * math.log2(math.e), out=p)
+    p.exp2_()
+    ds = _heads_product(as_tokens(v), as_weight(grad), groups).view(keys, b, h, n)
+    ds.sub_((grad * out).sum(3)).mul_(p)
+
+    def product(x, weight, into, factor):  # x (N,B,H,M) times weight's (B*H*D,M) -> into (B,H,N,D)
+        y = _heads_product(x.reshape(x.shape[0], -1), weight, groups).view(-1, b, h, d)
+        torch.mul(y, factor, out=into.permute(2, 0, 1, 3))
+
+    product(p, as_transposed_weight(grad), dv, 1.0)
+    product(ds, as_transposed_weight(q), dk, scale)
+    product(ds.permute(3, 1, 2, 0), as_transposed_weight(k), dq, scale)
 
 
 def _backward_by_products(grad, q, k, v, scale):

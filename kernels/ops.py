@@ -22,7 +22,6 @@ if triton is not None:
     from .prenorm import layer_norm_linear_forward as triton_layer_norm_linear_forward
     from .prenorm_backward import layer_norm_linear_backward as triton_layer_norm_linear_backward
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 DIRECT = (torch.float32, torch.bfloat16)  # see `direct`
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,24 +427,25 @@ call_layer_norm_linear = _callable(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What modules may call past the public functions, whose checks take as long as a small product on a CPU
+# What modules call
 
 
 def direct(x):
-    """Whether the functions below may be called on x: on a CPU, natively, with nothing to differentiate or to watch."""
+    """Whether native.py's functions may be called on x past the public ones, whose checks take as long as a small
+    product on a CPU: there is nothing to differentiate or to watch, and x is not empty."""
     return (
-        type(x) is torch.Tensor
+        not _mode()
+        and not torch.is_grad_enabled()
+        and type(x) is torch.Tensor
         and x.is_cpu
         and x.dtype in DIRECT
         and x.numel() > 0
-        and not torch.is_grad_enabled()
-        and not _mode()
         and not takes_triton(chosen_backend(), x)
     )
 
 
 def direct_layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation):
-    """layer_norm_linear; None where its arguments need a check."""
+    """layer_norm_linear of an x that is `direct`; None where its arguments need a check."""
     dtype = x.dtype
     if not (
         weight.dtype == dtype and norm_weight.dtype == dtype and norm_bias.dtype == dtype
@@ -457,21 +457,43 @@ def direct_layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activ
     return native.layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation)
 
 
-def direct_qkv_attention(qkv, heads, scale):
-    """qkv_attention; None where its arguments need a check."""
-    width = qkv.shape[-1]
-    if qkv.dim() != 3 or width % (3 * heads) or not MIN_HEAD_DIM <= width // (3 * heads) <= MAX_HEAD_DIM:
-        return None
-    out = native.attention_forward(*_split(qkv, heads), scale, with_lse=False)[0]
-    return out.transpose(1, 2).view(qkv.shape[0], qkv.shape[1], width // 3)
+class _Linear(torch.autograd.Function):
+    """F.linear by native.py's products, in fp32 on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return packed.linear(x, weight, bias, may_pack=False)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            dx, dweight, dbias = native.linear_backward(grad, x, weight, *ctx.needs_input_grad)
+            return None if dx is None else dx.view(x.shape), dweight, dbias
+        # a gradient of this gradient is to come
+        rows, needed = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+        return (
+            grad @ weight if needed[0] else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None,
+            rows.sum(0) if needed[2] else None,
+        )
 
 
 def linear(x, weight, bias):
-    """F.linear(x, weight, bias), by packed.py's faster ways where nothing is to be differentiated."""
+    """F.linear(x, weight, bias), by packed.py's faster ways where it surely comes to the same."""
     tensors = x, weight, bias
-    if _watched(tensors) or needs_grad(*tensors):
+    if _watched(tensors):
         return F.linear(*tensors)
-    return packed.linear(*tensors)
+    if not needs_grad(*tensors):
+        return packed.linear(*tensors)
+    return _Linear.apply(*tensors) if _trains_by_onednn(x, weight) else F.linear(*tensors)
+
+
+def _trains_by_onednn(x, weight):
+    if not (x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel() and weight.numel()):
+        return False
+    return packed.choice(x.dtype, x.numel() // weight.shape[1], *weight.shape).linear != "pytorch"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,9 +8,7 @@ same memory, the same version, and the same bits, of which sums are kept, as PyT
 `.data`, NumPy, or another process.
 """
 
-import os
 import threading
-import time
 import weakref
 from dataclasses import dataclass
 from functools import cache
@@ -18,10 +16,14 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from .choice import fastest, from_environment, in_words, once, sample
+
 LINEARS = ("auto", "pytorch", "onednn", "packed")
 VARIABLE = "VITRITON_CPU_LINEAR"
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
+LONGEST = 768  # of K in fp32 in one product by oneDNN: see _sum_of_products
+SUMMED_ROWS = 512  # of weight_grad's inputs in one product, for the same reason
 MARGIN = 0.9  # oneDNN is passed over where PyTorch's own product takes less than this part of its time
 FEW_ROWS = 32  # with fewer, a product takes as long as reading the weight
 PACKED_ROWS = 384  # with fewer, checking a copy, which reads the weight, takes as long as the copy saves
@@ -29,15 +31,12 @@ CLASSES = {True: (192, 256), False: (768, 1536)}  # K and N that stand for small
 SMALL = 2**19  # elements of a weight
 
 
-def _check_linear(name):
-    if name not in LINEARS:
-        raise ValueError(
-            f"the environment variable {VARIABLE} is {name!r}; allowed are {', '.join(map(repr, LINEARS))}"
-        )
-    return name
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+if HAS_ONEDNN:
+    onednn_linear = torch.ops.mkldnn._linear_pointwise.default
 
 
-forced = _check_linear(os.environ.get(VARIABLE, "auto"))
+forced = from_environment(VARIABLE, LINEARS)
 
 
 def linear(x, weight, bias, activation=None, *, may_pack=True):
@@ -45,30 +44,67 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
 
     `may_pack` False says that weight is about to change, so that a copy of it would be for nothing.
     """
-    (n, k), shape = weight.shape, x.shape
-    rows = x.numel() // k
-    if x.device.type != "cpu" or not rows * n:
+    n, k = weight.shape
+    if not (x.is_cpu and x.numel() and n):
         return _activate(F.linear(x, weight, bias), activation)
-    chosen = choice(x.dtype, rows, n, k)
+    rows = x.numel() // k
+    chosen = _choice(x.dtype, rows < FEW_ROWS, n * k <= SMALL, torch.get_num_threads(), forced)
     if chosen.linear == "pytorch":
         return _activate(_pytorch_linear(x, weight, bias), activation)
-    copy = packed(weight) if may_pack and rows >= PACKED_ROWS and chosen.linear == "packed" else None
-    if copy is None:
-        copy = _contiguous(weight)
-    x = _contiguous(x)  # oneDNN has slow ways for other layouts
+    pieces = -(-k // LONGEST) if x.dtype == torch.float32 else 1
+    w = None
+    if may_pack and chosen.linear == "packed" and (rows >= PACKED_ROWS or pieces > 1):
+        w = packed(weight, pieces)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if not x.is_contiguous():
+        x = x.contiguous()  # oneDNN has slow ways for other layouts
     if x.dim() == 1:
-        x = x.view(1, k)
-    if bias is not None:
-        bias = _contiguous(bias)
+        return linear(x.view(1, k), weight, bias, activation, may_pack=may_pack).view(n)
+    if pieces > 1:
+        return _activate(_sum_of_products(x, w or _split(weight, pieces), bias), activation)
+    w = w[0] if w else _as_onednn_takes(weight)
+    if activation is None:
+        return onednn_linear(x, w, bias, "none", (), "")
     if activation == "gelu" and chosen.fuses_gelu:
-        y = torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "gelu", [], "none")
-    else:
-        y = _activate(torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], ""), activation)
-    return y if len(shape) > 1 else y.view(n)
+        return onednn_linear(x, w, bias, "gelu", (), "none")
+    return _activate(onednn_linear(x, w, bias, "none", (), ""), activation)
 
 
-def _contiguous(t):
-    return t if t.is_contiguous() else t.contiguous()
+def _as_onednn_takes(weight):
+    """Weight (N,K) in a layout for which oneDNN has a fast way: contiguous, or the transpose of what is."""
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
+def _split(weight, pieces):
+    """Weight (N,K) along K into so many pieces; their widths, but for the last one's, are multiples of 64."""
+    width = -(-weight.shape[1] // (64 * pieces)) * 64
+    return [_as_onednn_takes(piece) for piece in weight.split(width, 1)]
+
+
+def _sum_of_products(x, weights, bias):
+    """x (...,K) times the weight that was split: oneDNN's own sum over K has one term after the other, and so errs
+    more, the longer it is."""
+    y, start = None, 0
+    for weight in weights:
+        stop = start + weight.shape[1]
+        part = onednn_linear(x[..., start:stop].contiguous(), weight, bias if y is None else None, "none", (), "")
+        y, start = part if y is None else y.add_(part), stop
+    return y
+
+
+def weight_grad(grad, x):
+    """gradᵀ x: grad (M,N), x (M,K) -> (N,K), the gradient of Linear's weight."""
+    (m, n), k = grad.shape, x.shape[1]
+    if not (x.is_cpu and x.dtype == torch.float32 and m * n * k and choice(x.dtype, m, n, k).linear != "pytorch"):
+        return grad.t() @ x  # in half precision by oneDNN already
+    # the smaller one is transposed in memory, the other is read as it lies
+    first, second = (grad, x) if n <= k else (x, grad)
+    total = None
+    for a, b in zip(first.split(SUMMED_ROWS), second.split(SUMMED_ROWS), strict=True):
+        part = onednn_linear(a.t().contiguous(), b.contiguous().t(), None, "none", (), "")
+        total = part if total is None else total.add_(part)
+    return total if n <= k else total.t().contiguous()
 
 
 def _pytorch_linear(x, weight, bias):
@@ -90,7 +126,8 @@ class _Known:
     """A weight that was used: a weak reference to it, what it was, and its copy with sums of its bits, if there is one.
 
     `bits` are those of the weight, in rows that overlap and that are longer than the weight's: each of `sums` is over
-    one of them, so that rows or columns that change places change some.
+    one of them, so that rows or columns that change places change some. (What the sums alone would miss are words of
+    8 bytes that change places within one row, in a way that PyTorch does not count.)
     """
 
     __slots__ = ("bits", "copy", "ref", "state", "sums")
@@ -105,16 +142,16 @@ _known = {}  # id of a weight -> _Known: weak, and in no state_dict, pickle or d
 _making = threading.Lock()
 
 
-def packed(weight):
-    """The copy of weight (N,K) in oneDNN's layout; None if it was not used before in its present state, or cannot be
-    copied."""
+def packed(weight, pieces=1):
+    """The copy of weight (N,K) in oneDNN's layout, of each of its `pieces`; None if it was not used before in its
+    present state, or cannot be copied."""
     known = _known.get(id(weight))
     state = _state(weight)
     if known is None or known.ref() is not weight or known.state != state:
         _known[id(weight)] = _Known(weight, state)
         return None
     if known.copy is None:
-        return _make(known, weight)
+        return _make(known, weight, pieces)
     if not torch.equal(known.bits.sum(1), known.sums):
         _known[id(weight)] = _Known(weight, state)
         return None
@@ -126,13 +163,13 @@ def _state(weight):
     return version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
-def _make(known, weight):
+def _make(known, weight, pieces):
     with _making:  # so that threads that share a model do not make several
         if known.copy is None and _copyable(weight):
             bits = _bits(weight)
             # the sums before the copy: what changes in between is then found at the next use
             known.sums, known.bits = bits.sum(1), bits
-            known.copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            known.copy = [torch.ops.mkldnn._reorder_linear_weight(piece) for piece in _split(weight.detach(), pieces)]
     return known.copy
 
 
@@ -157,16 +194,14 @@ def _forget_dead(key, ref):
 
 def forget(*weights):
     """Give the copies of these weights back; of all, if none are named."""
-    if not weights:
-        _known.clear()
-    for weight in weights:
-        _known.pop(id(weight), None)
+    for key in map(id, weights) if weights else list(_known):
+        _known.pop(key, None)
 
 
 def packed_bytes():
     """How many copies there are, and how many bytes they take."""
     copies = [known.copy for known in list(_known.values()) if known.copy is not None]
-    return len(copies), sum(copy.numel() * copy.element_size() for copy in copies)
+    return len(copies), sum(piece.numel() * piece.element_size() for copy in copies for piece in copy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,69 +217,59 @@ class Choice:
     why: str
 
 
+def in_words_for(dtype):
+    """How Linear is computed in a dtype, and why, for small and for large weights."""
+    small, large = (choice(dtype, 192, n, k) for k, n in (CLASSES[True], CLASSES[False]))
+    if small == large:
+        return f"Linear by {small.linear}: {small.why}"
+    return f"Linear of small weights by {small.linear}: {small.why}; of others by {large.linear}: {large.why}"
+
+
 def choice(dtype, rows, n, k):
     """The Choice for a product (rows,K) times (N,K)ᵀ: forced, or measured at its first use in a process."""
     return _choice(dtype, rows < FEW_ROWS, n * k <= SMALL, torch.get_num_threads(), forced)
 
 
-@cache
+@once
 def _choice(dtype, few_rows, small, threads, forced):
     if forced == "pytorch":
         return Choice("pytorch", False, f"{VARIABLE} is 'pytorch'")
     why_not = why_not_onednn(dtype)
     if why_not is not None:
-        if forced != "auto":
+        if forced != "auto" and not HAS_ONEDNN:
             raise RuntimeError(f"{VARIABLE} is {forced!r}, which cannot run: {why_not}")
         return Choice("pytorch", False, why_not)
     k, n = CLASSES[small]
-    x, weight = _sample(16 if few_rows else 192, k).to(dtype), _sample(n, k).to(dtype)
+    x, weight = sample(16 if few_rows else 192, k).to(dtype), sample(n, k).to(dtype)
     copy = torch.ops.mkldnn._reorder_linear_weight(weight)
-    onednn = torch.ops.mkldnn._linear_pointwise.default
-    z = onednn(x, weight, None, "none", [], "")
+    z = onednn_linear(x, weight, None, "none", (), "")
     # in half precision oneDNN's own GELU skips a rounding that the backward pass has
     fuses_gelu = dtype == torch.float32 and not few_rows
-    fuses_gelu = fuses_gelu and torch.equal(onednn(x, copy, None, "gelu", [], "none"), F.gelu(z))
+    fuses_gelu = fuses_gelu and torch.equal(onednn_linear(x, copy, None, "gelu", (), "none"), F.gelu(z))
     if few_rows:
         best, reason = "onednn", "oneDNN is as fast or faster"
-    elif torch.equal(onednn(x, copy, None, "none", [], ""), z):
+    elif torch.equal(onednn_linear(x, copy, None, "none", (), ""), z):
         best, reason = "packed", "oneDNN is as fast or faster, most of all on weights in its own layout"
     else:
         best, reason = "onednn", "oneDNN is as fast or faster, but gives other bits on weights in its own layout"
     if forced != "auto":
         linear = "onednn" if few_rows else forced
         return Choice(linear, fuses_gelu, f"{VARIABLE} is {forced!r}")
-    seconds = _fastest(
+    seconds = fastest(
         pytorch=lambda: F.linear(x, weight),
-        onednn=lambda: onednn(x, weight, None, "none", [], ""),
-        packed=lambda: onednn(x, copy, None, "none", [], ""),
+        onednn=lambda: onednn_linear(x, weight, None, "none", (), ""),
+        packed=lambda: onednn_linear(x, copy, None, "none", (), ""),
     )
     if seconds["pytorch"] < MARGIN * seconds[best]:
         best, reason = "pytorch", "PyTorch's own product is faster here"
-    times = ", ".join(f"{name} {1e6 * s:.0f} us" for name, s in seconds.items())
-    return Choice(best, fuses_gelu and best != "pytorch", f"{reason} ({len(x)} x {k} x {n}: {times})")
-
-
-def _sample(m, k):
-    """Values (m,k) in fp32 from -1 to 1, not from the generator, whose state is the user's."""
-    return torch.arange(m * k, dtype=torch.float32).remainder_(1009).sub_(504).div_(504).view(m, k)
-
-
-def _fastest(*, turns=5, **calls):
-    """The shortest time of each call, in seconds, of some that were made in turns."""
-    seconds = dict.fromkeys(calls, float("inf"))
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
+    why = f"{reason} ({len(x)} x {k} x {n}: {in_words(seconds)})"
+    return Choice(best, fuses_gelu and best != "pytorch", why)
 
 
 @cache
 def why_not_onednn(dtype):
     """Why oneDNN's Linear cannot take a dtype here, in words; None if it can."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not HAS_ONEDNN:
         return "this PyTorch has no oneDNN, or not its Linear"
     if dtype == torch.float32:
         return None

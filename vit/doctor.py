@@ -18,7 +18,7 @@ from urllib.request import url2pathname
 import torch
 
 from .. import kernels
-from ..kernels import explain, tuned
+from ..kernels import explain, native_attention, packed, tuned
 from ..kernels.backend import chosen_backend
 from ..kernels.launch import triton
 from .console import Console, version
@@ -26,6 +26,15 @@ from .measure import cpu_name, describe
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FAST_CPU = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "sve", "i8mm", "bf16")
+SETTINGS = (
+    "VITRITON_BACKEND",
+    packed.VARIABLE,
+    native_attention.VARIABLE,
+    "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 
 
 class Doctor:
@@ -116,7 +125,7 @@ def settings(here):
     """The environment variables that change what runs."""
     here.title("Settings")
     found = here.found["settings"] = {}
-    for name in ("VITRITON_BACKEND", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+    for name in SETTINGS:
         found[name] = os.environ.get(name)
         here.say(f"{name} is {'not set' if found[name] is None else repr(found[name])}")
 
@@ -200,6 +209,12 @@ def implementations(here):
         for answer, dtypes in answers.items():
             here.say(f"{device}, {', '.join(dtypes)}: {', '.join(calls)}: {answer}")
             found.append({"device": device, "dtypes": dtypes, "functions": list(calls), "answer": answer})
+    copies, size = packed.packed_bytes()
+    here.found["packed"] = {"copies": copies, "bytes": size}
+    here.say(
+        f"copies of weights for Linear on a CPU: {copies} in this process, {size / 2**20:.1f} MiB; a weight that is "
+        f"used twice without a change, by {packed.PACKED_ROWS} rows and more, gets one of its own size"
+    )
     if not can_run:
         here.wrong(f"the backend {chosen_backend()!r} can run on no device here: unset VITRITON_BACKEND")
     for device in can_run:

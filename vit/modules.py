@@ -12,7 +12,11 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import layer_norm_linear, qkv_attention
-from ..kernels.ops import direct, direct_layer_norm_linear, direct_qkv_attention, linear
+from ..kernels.functions import MAX_HEAD_DIM, MIN_HEAD_DIM
+from ..kernels.native import layer_norm_linear_inference, qkv_attention_inference
+from ..kernels.ops import direct, direct_layer_norm_linear, linear
+from ..kernels.packed import forget
+from ..kernels.packed import linear as native_linear
 from . import record
 from .known import is_layer_norm
 from .notes import NOT_MERGED, note
@@ -24,7 +28,15 @@ ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # nn.GELU's approximate -> 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # the last under torch.export; other subclasses act as they like
 
 
-class FusedAttention(Attention):
+class _Packs:
+    """A block that gives copies of its weights, which are for a CPU, back when they are cast or moved."""
+
+    def _apply(self, *args, **kwargs):
+        forget(*self.parameters())
+        return super()._apply(*args, **kwargs)
+
+
+class FusedAttention(_Packs, Attention):
     """`Attention` that makes no n x n map. (b, n, dim) -> (b, n, dim); head dims 8 to 256.
 
     `norm`, if given, is a LayerNorm to apply to x first, in the same kernel as `to_qkv`. Raises what `qkv_attention`
@@ -37,18 +49,34 @@ class FusedAttention(Attention):
         if type(x) not in PLAIN_TENSORS or not self._only_softmax():
             note(self, "something looks at the attention weights, or changes them")
             return self.plain.forward(self, x if norm is None else norm(x))
-        directly = direct(x)
-        qkv = None if norm is None else merged(x, norm, self.to_qkv, directly=directly)
+        qkv = None if norm is None else merged(x, norm, self.to_qkv)
         if qkv is None:
             if norm is not None:
                 note(self, NOT_MERGED)
             qkv = self.to_qkv(x if norm is None else norm(x))
         if record.active:
             record.observe_qkv(self, qkv, self.heads, self.scale)
-        out = direct_qkv_attention(qkv, self.heads, self.scale) if directly and direct(qkv) else None
-        if out is None:
-            out = qkv_attention(qkv, self.heads, scale=self.scale)
-        return apply(self.to_out, out)
+        return apply(self.to_out, qkv_attention(qkv, self.heads, scale=self.scale))
+
+    def directly(self, x, norm):
+        """self(x, norm), of an x that is `direct`, past all calls; None where that is not surely the same."""
+        modules = self._modules
+        attend, to_qkv, to_out = modules["attend"], modules["to_qkv"], modules["to_out"]
+        kinds, leaves, linears = IN_ATTENTION, [norm, attend, to_qkv, to_out], [to_qkv]
+        if type(to_out) is nn.Sequential:
+            kinds = IN_ATTENTION_WITH_OUT
+            leaves += to_out._modules.values()
+            linears += leaves[4:5]
+        dropout = modules.get("dropout")
+        if not all_bare(kinds, leaves) or attend.dim != -1 or not (dropout is None or idle(dropout)):
+            return None
+        parameters = all_plain(x, norm, *linears)
+        head_dim, rest = divmod(to_qkv.out_features, 3 * self.heads)
+        if parameters is None or x.dim() != 3 or rest or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            return None
+        qkv = layer_norm_linear_inference(x, *parameters[:4], norm.eps)
+        y = qkv_attention_inference(qkv, self.heads, self.scale)
+        return native_linear(y, *parameters[4:]) if parameters[4:] else y
 
     def _only_softmax(self):
         """Whether nothing but softmax stands between the scores and their product with v, and nobody looks at it."""
@@ -59,7 +87,7 @@ class FusedAttention(Attention):
         return dropout is None or idle(dropout)
 
 
-class FusedFeedForward(FeedForward):
+class FusedFeedForward(_Packs, FeedForward):
     """`FeedForward` that can take a LayerNorm in. (..., dim) -> (..., dim).
 
     `norm`, if given, is a LayerNorm to apply to x first, in the same kernel as the first Linear and GELU. Without it
@@ -75,13 +103,26 @@ class FusedFeedForward(FeedForward):
         if untouched(self.net, nn.Sequential):
             first, gelu, *rest = self.net
             if untouched(gelu, nn.GELU):
-                hidden = merged(x, norm, first, ACTIVATIONS[gelu.approximate], directly=direct(x))
+                hidden = merged(x, norm, first, ACTIVATIONS[gelu.approximate])
         if hidden is None:
             note(self, NOT_MERGED)
             return self.plain.forward(self, norm(x))
         for module in rest:
             hidden = apply(module, hidden)
         return hidden
+
+    def directly(self, x, norm):
+        """self(x, norm), of an x that is `direct`, past all calls; None where that is not surely the same."""
+        net = self._modules["net"]
+        leaves = (norm, net, *net._modules.values())
+        if not all_bare(IN_FEED_FORWARD, leaves):
+            return None
+        _, _, first, gelu, _, second, _ = leaves
+        parameters = all_plain(x, norm, first, second)
+        if parameters is None:
+            return None
+        hidden = layer_norm_linear_inference(x, *parameters[:4], norm.eps, ACTIVATIONS[gelu.approximate])
+        return native_linear(hidden, *parameters[4:])
 
 
 class FusedPreNorm(PreNorm):
@@ -98,12 +139,53 @@ class FusedPreNorm(PreNorm):
         if kwargs or not takes_norm(fn) or not untouched(fn, type(fn)):
             note(self, "fn is no fused block, has a hook, or was given keyword arguments")
             return self.plain.forward(self, x, **kwargs)
+        if direct(x) and not record.active:
+            y = fn.directly(x, self.norm)
+            if y is not None:
+                return y
         return fn(x, norm=self.norm)
 
 
 def takes_norm(module):
     """Whether `module` is a block of this file, or a subclass that kept its forward."""
     return type(module).forward in (FusedAttention.forward, FusedFeedForward.forward)
+
+
+IN_FEED_FORWARD = (nn.LayerNorm, nn.Sequential, nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout)
+IN_ATTENTION = (nn.LayerNorm, nn.Softmax, nn.Linear, nn.Identity)
+IN_ATTENTION_WITH_OUT = (nn.LayerNorm, nn.Softmax, nn.Linear, nn.Sequential, nn.Linear, nn.Dropout)
+
+
+def all_bare(kinds, modules):
+    """Whether modules are of these kinds and `untouched`, but for hooks on every module, and Dropouts idle."""
+    if len(kinds) != len(modules):
+        return False
+    for kind, module in zip(kinds, modules, strict=True):
+        own = module.__dict__
+        if (
+            type(module) is not kind
+            or own["_forward_hooks"] or own["_forward_pre_hooks"]
+            or own["_backward_hooks"] or own["_backward_pre_hooks"]
+            or "forward" in own
+            or (kind is nn.Dropout and own["training"] and own["p"])
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def all_plain(x, norm, *linears):
+    """Weights and biases of a LayerNorm of x's last dim, and of Linears; None where one is no plain tensor like x."""
+    k, dtype = x.shape[-1], x.dtype
+    parameters = []
+    for module in (norm, *linears):
+        own = module._parameters
+        parameters += own.get("weight"), own.get("bias")
+    for p in parameters:
+        if p is not None and (type(p) not in PLAIN_TENSORS or p.dtype != dtype or not p.is_cpu):
+            return None
+    norm_weight, norm_bias, weight = parameters[:3]
+    fits = norm_bias is not None and norm_weight is not None and weight is not None and norm_weight.shape == (k,)
+    return parameters if fits and weight.shape[1] == k else None
 
 
 def untouched(module, kind):
@@ -122,26 +204,23 @@ def idle(module):
     return untouched(module, nn.Dropout) and not (module.training and module.p)
 
 
-def merged(x, norm, fn, activation=None, *, directly=None):
+def merged(x, norm, fn, activation=None):
     """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same."""
     if not untouched(fn, nn.Linear):
         return None
     # read from the dicts in which nn.Module keeps them: by attribute each takes a microsecond
     weight, bias = fn._parameters.get("weight"), fn._parameters.get("bias")
-    return merged_with(x, norm, weight, bias, activation, directly=directly)
+    return merged_with(x, norm, weight, bias, activation)
 
 
-def merged_with(x, norm, weight, bias, activation=None, *, directly=None):
-    """activation(norm(x) weightᵀ + bias) in one call; None where that is not surely the same.
-
-    `directly` is what `direct(x)` says, if the caller knows.
-    """
+def merged_with(x, norm, weight, bias, activation=None):
+    """activation(norm(x) weightᵀ + bias) in one call; None where that is not surely the same."""
     if not (is_layer_norm(norm) and untouched(norm, type(norm)) and len(norm.normalized_shape) == 1):
         return None
     norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     if not (type(norm_weight) in PLAIN_TENSORS and type(norm_bias) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS):
         return None
-    if direct(x) if directly is None else directly:
+    if direct(x):
         y = direct_layer_norm_linear(x, norm_weight, norm_bias, weight, bias, norm.eps, activation)
         if y is not None:
             return y
