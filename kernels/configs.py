@@ -177,7 +177,7 @@ def one_backward_kernel(chip, dtype, head_dim, align, heads, n):
         return None
     places = 2 * SM_COUNT.get(chip, 1)
     if n <= chosen.BLOCK_N or 7 * heads >= 5 * places * cdiv(heads, places):
-        return chosen
+        return tiles("attention_bwd", chip, dtype, head_dim)
     return None
 
 

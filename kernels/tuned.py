@@ -25,26 +25,29 @@ FORMAT = 1
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 FIELDS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
-# {how names of kernels begin: (least, most) of FIELDS}; tl.dot takes no less than 16, the
-# forward kernel of attention halves BLOCK_M and warps, and offsets within a tile count on at most 256 rows
+# {kernel: (least, most) of FIELDS}. tl.dot takes no less than 16, the forward kernel of attention halves BLOCK_M and
+# warps, and offsets within a tile count on at most 256 rows. In attention's backward pass in one kernel a thread reads
+# back the sums that it stored itself, which holds for these tiles and warps: there only the stages are free.
+_BACKWARD = ((16, 128), (16, 128), (0, 0), (2, 16), (1, 4))
+_PRODUCT = ((32, 256), (32, 256), (16, 128), (2, 16), (1, 5))
 ALLOWED = {
     "attention_fwd": ((32, 256), (16, 128), (0, 0), (2, 16), (1, 4)),
-    "attention_bwd": ((16, 128), (16, 128), (0, 0), (2, 16), (1, 4)),
-    "prenorm": ((32, 256), (32, 256), (16, 128), (2, 16), (1, 5)),
+    "attention_bwd": ((64, 64), (64, 64), (0, 0), (4, 4), (1, 4)),
+    "attention_bwd_dq": _BACKWARD,
+    "attention_bwd_dkdv": _BACKWARD,
+    "prenorm": _PRODUCT,
+    "prenorm_unaligned": _PRODUCT,
 }
 
 
 def allowed(kernel, tiles):
     """Whether the kernel can run with these tiles, as far as can be said without compiling it."""
-    if kernel not in {row.kernel for row in configs.TABLE}:
-        return False
-    bounds = next(bounds for name, bounds in ALLOWED.items() if kernel.startswith(name))
     values = [getattr(tiles, field) for field in FIELDS]
-    return all(
+    return kernel in ALLOWED and all(
         isinstance(value, int)
         and least <= value <= most
         and (field == "num_stages" or value & (value - 1) == 0)  # a power of two
-        for field, value, (least, most) in zip(FIELDS, values, bounds, strict=True)
+        for field, value, (least, most) in zip(FIELDS, values, ALLOWED[kernel], strict=True)
     )
 
 

@@ -75,6 +75,7 @@ def test_the_search_ends_after_so_many_tiles_and_passes_over_what_does_not_run()
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.kernel} {row.chips} {row.dtypes} {row.most}")
 def test_the_table_and_all_neighbours_are_allowed(row):
+    assert set(tuned.ALLOWED) == {row.kernel for row in TABLE}
     assert tuned.allowed(row.kernel, row.tiles)
     found = neighbours(row.kernel, row.tiles, torch.bfloat16, row.most)
     assert found and row.tiles not in found and len(set(found)) == len(found)
@@ -90,6 +91,7 @@ def test_the_table_and_all_neighbours_are_allowed(row):
         ("attention_fwd", {"num_stages": 0}),
         ("attention_fwd", {"BLOCK_K": 32}),
         ("attention_bwd_dq", {"BLOCK_M": 256}),
+        ("attention_bwd", {"BLOCK_M": 128}),
         ("prenorm", {"BLOCK_N": 512}),
         ("nothing", {}),
         ("attention_fwd", {"BLOCK_M": 64.0}),
@@ -123,6 +125,22 @@ def test_launches_take_what_won_on_the_card():
     assert tiles_launched("sm_90") == DEFAULT  # what a chip does that is not here, no card can say
     chip.winners = {(KEY[0], torch.float16, 64): OTHER, (KEY[0], torch.bfloat16, 128): OTHER}
     assert tiles_launched(chip) == DEFAULT
+
+
+def test_the_backward_pass_in_one_kernel_takes_its_stages():
+    pytest.importorskip("triton", reason="triton is not installed, so there are no launches")
+    from vitriton.kernels.attention_backward import attention_backward
+
+    key = ("attention_bwd", torch.bfloat16, 64)
+    chip = Chip("sm_90")
+    chip.winners = {key: replace(tiles(*key[:1], "sm_90", *key[1:]), num_stages=4)}
+    q, k, v, out, grad, dq, dk, dv = torch.empty(8, 64, 12, 197, 64, dtype=torch.bfloat16, device="meta")
+    lse = torch.empty(64, 12, 197, device="meta")
+    for where, stages in ((chip, 4), ("sm_90", 2)):
+        with launch.record(where) as recorded:
+            attention_backward(grad, q, k, v, out, lse, 0.125, dq, dk, dv)
+        (one,) = recorded
+        assert one.num_stages == stages
 
 
 @pytest.fixture

@@ -59,7 +59,8 @@ class ModelCase(NamedTuple):
 
 class Peer(NamedTuple):
     """How a peer is made: `build(model, images)` takes the plain model (its own to change) and gives a callable of
-    images; `packages` are what it needs; `training`: whether it is a module that autograd knows."""
+    images; `packages` are what it needs; `training`: whether it is a module that autograd knows; `devices`: where its
+    adapter here can run."""
 
     build: object
     packages: tuple = ()
