@@ -110,7 +110,7 @@ class Record:
 
     @property
     def hot(self):
-        """The loop with the most multiply-adds; None if the kernel has no loop."""
+        """The innermost loop with the most multiply-adds; None if the kernel has no loop."""
         return self.loops[0] if self.loops else None
 
     @classmethod

@@ -1,8 +1,12 @@
-"""Attention as Triton kernels: the backward pass. The maths stands in attention.py.
+"""Attention as Triton kernels: the backward pass, in two kernels. The maths stands in attention.py.
+
+One for dq, one for dk and dv, so that each gradient has one owner and both fill the chip at any batch. Where batch and
+heads fill it alone and sequences are short, the one of attention_backward_head.py runs instead.
 
 p is made again as exp2(s - lse). In fp32 the rounding of lse, which is an error of all p of a row, would be most of the
 error of the gradients where logits are large; there (RESUM) p is divided by its own sum over the keys, as in a softmax:
 the kernel of dq finds that sum, and leaves 1 / sum as `share` to that of dk and dv.
+"""
 """
 
 import triton
@@ -20,7 +24,8 @@ from .attention import (
     _store_parts,
     _zero_parts,
 )
-from .launch import cdiv, chip_of, launch, tail
+from .attention_backward_head import _bwd_tile, attention_backward_heads
+from .launch import alignment, cdiv, chip_of, launch, tail
 from .tiles import row_offset
 
 
@@ -133,11 +138,9 @@ def _bwd_dkdv_queries(
         do0 *= share[:, None]
         do1 *= share[:, None] if D1 > 0 else 1.0
         delta *= share
-    p = _exp2(_dot_parts(k0, k1, q0, q1, D1, ACC, PRECISION), scale_log2e, lse[None, :])  # (KEYS, ROWS)
-    dv0, dv1 = _add_dot(dv0, dv1, p, do0, do1, D1, ACC, PRECISION)
-    dp = _dot_parts(v0, v1, do0, do1, D1, ACC, PRECISION)
-    ds = p * (dp - delta[None, :])
-    dk0, dk1 = _add_dot(dk0, dk1, ds, q0, q1, D1, ACC, PRECISION)
+    dk0, dk1, dv0, dv1, _ = _bwd_tile(
+        q0, q1, k0, k1, v0, v1, do0, do1, lse, delta, dk0, dk1, dv0, dv1, 0, scale_log2e, False, D1, ACC, PRECISION
+    )
     return dk0, dk1, dv0, dv1
 
 
@@ -201,10 +204,14 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv, of any strides; no argument is empty."""
     (b, h, nq, d), nk = q.shape, k.shape[2]
     lse = lse.contiguous()
+    tensors = (q, k, v, out, grad, dq, dk, dv)
+    tiles = configs.one_backward_kernel(chip_of(q.device), q.dtype, d, alignment(*tensors), b * h, max(nq, nk))
+    if tiles is not None:
+        attention_backward_heads(grad, q, k, v, out, lse, scale, dq, dk, dv, tiles)
+        return
     delta = lse.new_empty(lse.shape)
     resum = q.dtype.itemsize > 2  # beside half-precision operands, the rounding of lse is nothing
     share = lse.new_empty(lse.shape) if resum else delta
-    tensors = (q, k, v, out, grad, dq, dk, dv)
     tiles = configs.tiles("attention_bwd_dq", chip_of(q.device), q.dtype, d)
     launch(
         _attention_bwd_dq_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),

@@ -56,7 +56,8 @@ class Loop:
 
 @dataclass
 class Program:
-    """The counts of a whole kernel. `loops`: the hottest first: most multiply-adds, of equals fewest instructions.
+    """The counts of a whole kernel. `loops`: the hottest first: innermost, most multiply-adds, of equals fewest
+    instructions.
 
     `prologue` are the instructions outside every loop from which the hot loop can be reached, `epilogue` those outside
     every loop that the hot loop reaches and that reach no multiply-adding loop, `instructions` all that can be reached.
@@ -282,7 +283,15 @@ def count(blocks, chip, num_warps, macs_per_pair=1):
         bodies = {h: loops[h] for h in inner - polls}
     counted = [_loop(h, blocks, bodies, doms, chip, num_warps, macs_per_pair, use_ffma) for h in bodies]
     # of equal loops the leaner is the usual way, which the budget is to guard; without products the longer is hotter
-    counted.sort(key=lambda it: (-(it.macs or 0), it.instructions if it.macs else -it.instructions, it.header))
+    outer = {h for h in bodies if any(other in bodies[h][0] for other in bodies if other != h)}
+    counted.sort(
+        key=lambda it: (
+            it.header in outer,
+            -(it.macs or 0),
+            it.instructions if it.macs else -it.instructions,
+            it.header,
+        )
+    )
 
     straight = set(range(len(blocks))) - {i for body, _ in loops.values() for i in body}
     before = after = set()

@@ -31,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (32, 64, 72, 80, 88, 96, 128, 256)
 OPERATIONS = ("attention", "layer_norm_linear")
 KERNELS = (
-    "attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv",
+    "attention_fwd", "attention_bwd", "attention_bwd_dq", "attention_bwd_dkdv",
     "row_statistics", "fold", "layer_norm_linear_fwd", "bwd_rows", "layer_norm_linear_dx", "layer_norm_linear_dw",
     "sum_splits",
 )  # fmt: skip
@@ -155,18 +155,19 @@ def _specialization(one):
 
 
 def _attention(case, n):
-    """`qkv_attention` of 8 images and 12 heads; unaligned: a row of qkv has an odd length."""
+    """`qkv_attention` of 12 heads; unaligned: a row of qkv has an odd length."""
     from .attention import attention_forward
     from .attention_backward import attention_backward
 
     heads, d = 12, case.head_dim
     width = 3 * heads * d
-    qkv = torch.empty(8, n, width if case.aligned else width + 1, dtype=DTYPES[case.dtype], device="meta")
-    q, k, v = qkv[..., :width].unflatten(2, (3, heads, d)).permute(2, 0, 3, 1, 4)
-    grads = torch.empty_like(qkv)[..., :width].unflatten(2, (3, heads, d)).permute(2, 0, 3, 1, 4)
-    out, lse = attention_forward(q, k, v, d**-0.5)
-    if n == case.variants[0]:  # the backward pass has no tiles of another height
-        attention_backward(torch.empty_like(out), q, k, v, out, lse, d**-0.5, *grads)
+    for images in (1, 1024):  # one backward kernel needs many; what both launch alike is compiled once
+        qkv = torch.empty(images, n, width if case.aligned else width + 1, dtype=DTYPES[case.dtype], device="meta")
+        q, k, v = qkv[..., :width].unflatten(2, (3, heads, d)).permute(2, 0, 3, 1, 4)
+        grads = torch.empty_like(qkv)[..., :width].unflatten(2, (3, heads, d)).permute(2, 0, 3, 1, 4)
+        out, lse = attention_forward(q, k, v, d**-0.5)
+        if n == case.variants[0]:  # the backward pass has no tiles of another height
+            attention_backward(torch.empty_like(out), q, k, v, out, lse, d**-0.5, *grads)
 
 
 def _layer_norm_linear(case, name):
@@ -188,7 +189,7 @@ def _padded(one):
     return one.constexprs["D0"] + one.constexprs["D1"]
 
 
-_MATRIX_PRODUCTS = {"attention_fwd": 2, "attention_bwd_dq": 3, "attention_bwd_dkdv": 4}
+_MATRIX_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5, "attention_bwd_dq": 3, "attention_bwd_dkdv": 4}
 
 
 def _compile(case, one, variants, dump):

@@ -89,15 +89,16 @@ class _Figures:
         return math.nan if per_pair is None else per_pair * n**2
 
     def backward(self, arch, pipe="issue"):
-        """The sum over the kernels that 257 tokens take."""
+        """Of the one kernel that 257 tokens of many heads take, or the sum over two."""
         parts = [
             record
             for (kernel, *of), record in self.records.items()
             if kernel.startswith("attention_bwd") and of == [arch, 64, "257"]
         ]
+        one = [part for part in parts if part.kernel == "attention_bwd"]
         if not parts or {part.kernel for part in parts} in ({"attention_bwd_dq"}, {"attention_bwd_dkdv"}):
             return math.nan  # half of two
-        return sum(part.hot.per_1024[pipe] for part in parts)
+        return sum(part.hot.per_1024[pipe] for part in one or parts)
 
     def epilogue(self, arch, shape):
         record = self.records.get(("layer_norm_linear_fwd", arch, None, shape))

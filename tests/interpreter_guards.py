@@ -17,7 +17,7 @@ except ImportError:  # Windows, macOS
     triton = None
 
 # kernel -> pointer arguments behind which each program stores and loads repeatedly, in a part of its own
-SCRATCH: dict[str, set[str]] = {}
+SCRATCH: dict[str, set[str]] = {"_attention_bwd_kernel": {"record_ptr"}}
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA's
 

@@ -27,7 +27,7 @@ pytest.importorskip("triton", reason="the compiler is Triton's")
 HERE = Path(__file__).parent
 TRITON = metadata.version("triton")
 EXCEPTIONS = json.loads((HERE / "aot_exceptions.json").read_text())
-ATTENTION = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv")
+ATTENTION = ("attention_fwd", "attention_bwd", "attention_bwd_dq", "attention_bwd_dkdv")
 PRODUCTS = (*ATTENTION, "layer_norm_linear_fwd", "layer_norm_linear_dx", "layer_norm_linear_dw")
 
 # Arguments of `survey.table`: what is compiled by default, and with `-m slow`
@@ -144,7 +144,7 @@ def test_aligned_loads_are_wide(survey):
     """At least 8 bytes a lane, which a part of 16 columns comes to; all 16 where there is but one part."""
     narrow = []
     for record, hot in streamed(survey):
-        by_rows = record.kernel in ("attention_bwd_dkdv", "layer_norm_linear_dw")
+        by_rows = record.kernel in ("attention_bwd", "attention_bwd_dkdv", "layer_norm_linear_dw")
         tiles = [name for name in hot.loads if not (by_rows and name in ROW_LOADS)]
         wanted = (
             r"\.128$|^UTMALDG" if record.kernel in ATTENTION and not record.config["D1"] else r"\.(64|128)$|^UTMALDG"
@@ -233,6 +233,50 @@ def test_one_token_over_whole_tiles_costs_little(survey):
         assert per_pair[arch, "257"] * 257**2 <= 1.45 * per_pair[arch, "256"] * 256**2
 
 
+SCRATCH = """
+import re, sys
+from vitriton.kernels import aot, survey
+case = survey.Case("attention", sys.argv[1], "bf16", 64, True, (257,))
+(one,) = (one for one, _ in survey.launches(case) if survey.kernel_name(one) == "attention_bwd")
+compiled = aot.compile_kernel(
+    one.kernel, dict(zip(one.kernel.arg_names, one.args)) | one.constexprs, arch=sys.argv[1],
+    num_warps=one.num_warps, num_stages=one.num_stages,
+)
+print(compiled.asm["ttgir"])
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_sums_in_memory_are_seen_by_all_threads(arch):
+    """The kernel that makes all gradients of a head loads what it has stored: behind a barrier, in the program's order,
+    and each thread what it has stored itself."""
+    order, layouts = "", set()
+    for line in compiler("-c", SCRATCH, arch).splitlines():
+        sums = re.search(r"(tt\.load|tt\.store|async_copy\w*) .*: tensor<\d+x128x!tt\.ptr<f32>, (#\w+)>", line)
+        if sums:
+            order += {"tt.load": "L", "tt.store": "S"}.get(sums[1], "?")
+            layouts.add(sums[2])
+        elif "ttg.barrier" in line or "gpu.barrier" in line:
+            order += "B"
+    # zeros; a tile of keys with tiles of queries, and with those left over; the keys left over; dq
+    assert re.fullmatch("SB(LS)+B(LS)+BL+", order), order
+    assert len(layouts) == 1
+
+
+def test_attention_multiplies_no_more_than_its_tiles(survey):
+    """No warp repeats another's products in the hot loop: `per_1024` would hide it."""
+    wasted = []
+    for record in survey.records:
+        products = {"attention_fwd": 2, "attention_bwd": 5, "attention_bwd_dq": 3, "attention_bwd_dkdv": 4}
+        if record.kernel in products and record.arch in ("sm_80", "sm_90") and record.dtype != "fp32":
+            c = record.config
+            rows = c["BLOCK_M"] + c.get("SIDE_M", 0)
+            needed = products[record.kernel] * rows * c["BLOCK_N"] * (c["D0"] + c["D1"]) / c["num_warps"]
+            if record.hot.macs > needed:
+                wasted.append((record.name, record.hot.macs / needed))
+    assert wasted == []
+
+
 def test_no_kernel_becomes_dearer(survey):
     version, kept = budget.read(HERE / "budget.json")
     if version != TRITON:
@@ -298,6 +342,8 @@ def test_targets_stand_beside_figures():
         record("attention_bwd_dq", "sm_90", [257], 200.0),
         record("attention_bwd_dkdv", "sm_90", [257], 300.0),
         record("attention_bwd_dq", "sm_80", [257], 200.0),
+        record("attention_bwd", "sm_80", [257], 640.0),
+        record("attention_bwd_dkdv", "sm_80", [257], 300.0),
         record(
             "layer_norm_linear_fwd", "sm_90", ["qkv"], head_dim=None, epilogue=350,
             config={"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8},
@@ -308,7 +354,9 @@ def test_targets_stand_beside_figures():
         "attention forward, sm_90: slots per 1024 pairs": (250.0, False),
         "attention forward, sm_90, N = 257: executed per pair": (0.5, False),
         "attention forward, sm_90: N = 257 beside 256": (pytest.approx(1.25 * (257 / 256) ** 2), False),
-        "attention backward, sm_90: slots per 1024 pairs": (500.0, True),
+        "attention backward, sm_90: slots per 1024 pairs": (500.0, True),  # two kernels
+        "attention backward, sm_80: slots per 1024 pairs": (640.0, True),  # one, where it is there
+        "attention backward, sm_80: tensor cycles per 1024 pairs": (1280.0, True),
         "LayerNorm + Linear, sm_90, qkv: epilogue's slots per 1024 outputs": (175.0, True),
     }
 

@@ -109,7 +109,7 @@ def test_tiles_of_an_incomplete_group(where, dtype):
 
 def attention_tiles():
     """(chip, dtype, head dim) for each set of tiles that some chip runs."""
-    kernels = sorted({row.kernel for row in configs.TABLE if row.kernel.startswith("attention")})
+    kernels = sorted({row.kernel for row in configs.TABLE if row.kernel.startswith("attention")} - {"attention_bwd"})
     found = {}
     for chip, dtype, d in product(configs.SM_COUNT, (F16, F32), (64, 32, 80, 96, 128, 256)):
         tiles = tuple(configs.tiles(kernel, chip, dtype, d) for kernel in kernels)
@@ -152,6 +152,15 @@ def test_attention_with_the_tiles_of(as_on, device, case, n):
     as_on(chip)
     with use_backend("triton"):
         assert_parity(attention, attention_inputs(1, 1, n, n, d, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("d", [64, 40])
+def test_one_backward_kernel_with_the_tiles_of_a_gpu(as_on, device, monkeypatch, launch_log, d):
+    as_on("sm_90")
+    monkeypatch.setattr(configs, "SM_COUNT", {})  # two heads fill it
+    with use_backend("triton"):
+        assert_parity(attention, attention_inputs(2, 1, 197, 197, d, dtype=F16, device=device))
+    assert launch_log[-1].kernel == "_attention_bwd_kernel"
 
 
 @pytest.mark.parametrize("chip, dtype", [("sm_90", F16), ("sm_80", F16), ("sm_80", F32)])

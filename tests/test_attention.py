@@ -6,6 +6,7 @@ Every N and every head dim are tested always, all of them with every dtype and s
 import math
 from itertools import combinations, product
 
+import guards
 import pytest
 import torch
 from guards import guarded
@@ -25,7 +26,7 @@ from parity import (
 )
 from strategies import LAYOUTS, place
 from torch.profiler import profile, supported_activities
-from vitriton.kernels import attention, qkv_attention, reference
+from vitriton.kernels import attention, configs, qkv_attention, reference, use_backend
 from vitriton.kernels.launch import record
 
 pytest_plugins = ["parity"]
@@ -85,6 +86,18 @@ def test_more_or_fewer_keys_than_queries(where, dtype, nq, nk):
     heads, draws = (12, 16) if nq == 1 or nk == 1 else (1, 1)
     inputs = [attention_inputs(1, heads, nq, nk, 16, dtype=dtype, device=where) for _ in range(draws)]
     assert_parity_of_draws(attention, inputs)
+
+
+@pytest.mark.parametrize("nq, nk", [(1, 1), *LENGTHS])
+@pytest.mark.parametrize("d, kernels", [(64, ["bwd"]), (40, ["bwd"]), (64, ["bwd_dq", "bwd_dkdv"])])
+def test_one_and_two_backward_kernels(device, monkeypatch, launch_log, d, kernels, nq, nk):
+    """Half precision, which has both: many short heads take one kernel."""
+    if len(kernels) == 2:
+        monkeypatch.setattr(configs, "one_backward_kernel", lambda *call: None)
+    with use_backend("triton"):
+        assert_parity(attention, attention_inputs(2, 2, nq, nk, d, dtype=torch.float16, device=device))
+    if guards.interpreting():
+        assert [launch.kernel for launch in launch_log[1:]] == [f"_attention_{name}_kernel" for name in kernels]
 
 
 @pytest.mark.parametrize("d", [9, 16, 24, 32, 88, 96, 127, 160, 192, 255, 256])
@@ -306,27 +319,61 @@ def test_no_map_of_queries_and_keys(where, backend, unguarded):
     assert largest_allocation(attention, inputs, grad) < n * n * 4 / 2
 
 
+@pytest.mark.parametrize("d, backward", [(16, ["bwd"]), (72, ["bwd_dq", "bwd_dkdv"])])
 @backends
-def test_launches(where, launch_log, backend):
-    """One kernel forward, two backward; the gradient of qkv is written where it belongs, and read nothing twice."""
-    qkv = randn(1, 70, 96, device=where).requires_grad_()
+def test_launches(where, launch_log, backend, d, backward):
+    """One kernel forward, one or two backward; the gradient of qkv is written where it belongs."""
+    qkv = randn(1, 70, 6 * d, dtype=torch.float16, device=where).requires_grad_()
     qkv_attention(qkv, 2).sum().backward()
     names = [launch.kernel for launch in launch_log]
-    expected = ["_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkdv_kernel"]
+    expected = [f"_attention_{name}_kernel" for name in ["fwd", *backward]]
     assert names == (expected if backend == "triton" else [])
+
+
+def recorded(chip, b, h, n, d, dtype=torch.bfloat16, odd=0):
+    """The launches of a forward and a backward pass there; rows of q, k and v are `odd` elements too long."""
+    from vitriton.kernels.attention import attention_forward
+    from vitriton.kernels.attention_backward import attention_backward
+
+    q = torch.empty(b, n, h * d + odd, dtype=dtype, device="meta")[..., : h * d].unflatten(2, (h, d)).transpose(1, 2)
+    with record(chip) as launches:
+        out, lse = attention_forward(q, q, q, 1.0)
+        attention_backward(out, q, q, q, out, lse, 1.0, q, q, q)
+    return launches
+
+
+@pytest.mark.parametrize(
+    "call, kernels",
+    [
+        ({}, 1),
+        ({"n": 1}, 1),
+        ({"n": 320}, 1),
+        ({"n": 321}, 2),  # the sums would not stay in the L2 cache
+        ({"d": 65}, 2),  # registers
+        ({"odd": 1}, 2),
+        ({"dtype": F32}, 2),
+        ({"chip": "sm_86"}, 2),
+        ({"chip": "sm_100"}, 2),
+        ({"chip": "gfx942"}, 2),
+        ({"b": 1}, 2),  # 12 heads for 132 multiprocessors
+        ({"b": 1, "n": 64}, 1),  # but they are 12 programs anyway
+        ({"b": 15}, 2),  # 180 of 264 places
+        ({"b": 16}, 1),  # 192
+        ({"b": 23}, 2),  # 276: a second round, for 12
+        ({"b": 16, "chip": "sm_80"}, 1),
+    ],
+)
+def test_which_backward_kernels(device, call, kernels):
+    launches = recorded(**{"chip": "sm_90", "b": 64, "h": 12, "n": 197, "d": 64} | call)
+    assert len(launches) == 1 + kernels
 
 
 @pytest.mark.parametrize("b, h, n", [(70_000, 2, 5), (300, 300, 70)])
 def test_more_heads_than_a_grid_takes(device, b, h, n):
     """CUDA takes 65535 programs on axes 1 and 2."""
-    from vitriton.kernels.attention import attention_forward
-    from vitriton.kernels.attention_backward import attention_backward
-
-    q = torch.empty(b, h, n, 16, device="meta")
-    with record("sm_90") as launches:
-        out, lse = attention_forward(q, q, q, 1.0)
-        attention_backward(out, q, q, q, out, lse, 1.0, q, q, q)
-    assert len(launches) == 3
-    for launch in launches:
-        assert all(programs <= 65535 for programs in launch.grid[1:])
-        assert math.prod(launch.grid) >= b * h and launch.grid[0] < 2**31
+    for dtype, kernels in (F32, 2), (torch.bfloat16, 1):
+        launches = recorded("sm_90", b, h, n, 16, dtype)
+        assert len(launches) == 1 + kernels
+        for launch in launches:
+            assert all(programs <= 65535 for programs in launch.grid[1:])
+            assert math.prod(launch.grid) >= b * h and launch.grid[0] < 2**31
