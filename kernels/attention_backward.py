@@ -7,7 +7,6 @@ p is made again as exp2(s - lse). In fp32 the rounding of lse, which is an error
 error of the gradients where logits are large; there (RESUM) p is divided by its own sum over the keys, as in a softmax:
 the kernel of dq finds that sum, and leaves 1 / sum as `share` to that of dk and dv.
 """
-"""
 
 import triton
 import triton.language as tl
