@@ -13,7 +13,6 @@ tile is 0.0 where D1 is 0.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -292,9 +291,9 @@ def lse_unit(dtype, nk):
     """A power of two near 1 / Nk. In fp32 lse is of probabilities in units of it: then scores less lse, where rows are
     flat, are near 0, and their rounding, which is an error of the p that backward makes of them, is an eighth.
 
-    Backward divides by the sum of these p there, so that the unit goes out. In other dtypes it does not.
+    Backward divides by the sum of these p there, so that the unit goes out. In half precision it does not.
     """
-    return 2.0 ** -round(math.log2(nk)) if dtype == torch.float32 else 1.0
+    return 1.0 if dtype.itemsize == 2 else 2.0 ** -round(math.log2(nk))
 
 
 def attention_forward(q, k, v, scale):

@@ -8,7 +8,6 @@ error of the gradients where logits are large; there (RESUM) p is divided by its
 the kernel of dq finds that sum, and leaves 1 / sum as `share` to that of dk and dv.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -210,7 +209,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
         attention_backward_heads(grad, q, k, v, out, lse, scale, dq, dk, dv, tiles)
         return
     delta = lse.new_empty(lse.shape)
-    resum = q.dtype == torch.float32  # beside half-precision operands, the rounding of lse is nothing
+    resum = q.dtype.itemsize > 2  # beside half-precision operands, the rounding of lse is nothing
     share = lse.new_empty(lse.shape) if resum else delta
     tiles = configs.tiles("attention_bwd_dq", chip_of(q.device), q.dtype, d)
     launch(

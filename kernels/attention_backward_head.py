@@ -2,7 +2,8 @@
 
 A program owns a (batch, head). It takes one tile of keys after the other, keeps their dk and dv in registers, and walks
 over all queries with them. What it adds to dq on the way goes into fp32 sums in memory that no other program touches:
-five products of matrices instead of the seven of two kernels, no atomics, the same bits in every run.
+five products of matrices instead of the seven of two kernels, no atomics, the same bits in every run. For half
+precision only: in fp32 p would have to be divided by its own sum, which is known when all keys have passed.
 
 The scratch of a head is a record for each BLOCK_M queries: lse, delta, and the sums of dq / scale. Queries that fill up
 the last record have lse = inf, so that their p is 0. The sums do not lie in rows, but as tensor cores leave them in the

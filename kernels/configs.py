@@ -5,8 +5,6 @@ Counts and spills are those of kernels compiled ahead of time by aot.py; nothing
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from .launch import Chip, cdiv, next_power_of_2, tail
 
 
@@ -52,7 +50,7 @@ TABLE = (
     Row("attention_fwd", "any", "half", 256, Tiles(128, 32, 8, 1), "a second stage spills"),
     Row("attention_fwd", "any", "any", 128, Tiles(64, 32, 8, 2), "operands of FMA products take many registers"),
     Row("attention_fwd", "any", "any", 256, Tiles(32, 32, 8, 2), "the same"),
-    Row("attention_bwd", "interpreter", "any", 64, Tiles(64, 64, 4, 1), "as forward; beyond, two kernels"),
+    Row("attention_bwd", "interpreter", "half", 64, Tiles(64, 64, 4, 1), "as forward; beyond, two kernels"),
     Row("attention_bwd", "sm_80 sm_89 sm_90 sm_120", "half", 64, Tiles(64, 64, 4, 2), "see `one_backward_kernel`"),
     Row("attention_bwd_dq", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
     Row("attention_bwd_dq", "any", "half", 64, Tiles(64, 64, 4, 2), "128 rows on 8 warps count the same"),
@@ -164,16 +162,15 @@ def one_backward_kernel(chip, dtype, head_dim, align, heads, n):
     """Tiles of attention's backward kernel that makes all gradients of a head, for batch times `heads` of n tokens;
     None where the two kernels, with seven products of matrices instead of five, are better:
 
-    - where there is no row: it spills (head dims beyond 64; unaligned tensors), the binding pipe is busier than in both
-      together (sm_100: shared memory), or the L2 cache is too small for its sums (sm_86: 6 MB);
-    - in fp32, where p is divided by its sum over all keys, which must be known first;
+    - where there is no row: it spills (head dims beyond 64, unaligned tensors), fp32 would lose digits, the pipe that
+      binds is busier than in both together (sm_100: shared memory), or L2 is too small for its sums (sm_86: 6 MB);
     - beyond 320 tokens: the sums of two programs a multiprocessor, 22 MB on sm_90, would no longer stay in L2 beside
       the tensors, and each tile of keys reads and writes all of a head;
     - where heads fill less than 5/7 of the chip's rounds, at two programs a multiprocessor: what the two spare products
       cost, idle multiprocessors cost too. But one tile of queries and keys is one program in either form.
     """
     chosen = _find("attention_bwd", chip, dtype, head_dim)
-    if chosen is None or dtype == torch.float32 or n > 320 or (align == 1 and chip != "interpreter"):
+    if chosen is None or align == 1 or n > 320:
         return None
     places = 2 * SM_COUNT.get(chip, 1)
     if n <= chosen.BLOCK_N or 7 * heads >= 5 * places * cdiv(heads, places):
