@@ -6,6 +6,9 @@ on a weight in a layout of its own, and gives the same bits. That copy is made a
 in between, so not in training, and lives as long as the weight. It is used only if the weight is what it was: the
 same memory, the same version, and the same bits, of which sums are kept, as PyTorch does not count changes through
 `.data`, NumPy, or another process.
+
+VITRITON_CPU_LINEAR=pytorch|onednn|packed chooses instead; =trusted is packed without the sums, for those who change
+weights in ways that PyTorch counts only: small batches gain most by it.
 """
 
 import threading
@@ -18,7 +21,7 @@ import torch.nn.functional as F
 
 from .choice import fastest, from_environment, in_words, once, sample
 
-LINEARS = ("auto", "pytorch", "onednn", "packed")
+LINEARS = ("auto", "pytorch", "onednn", "packed", "trusted")
 VARIABLE = "VITRITON_CPU_LINEAR"
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -53,7 +56,7 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
         return _activate(_pytorch_linear(x, weight, bias), activation)
     pieces = -(-k // LONGEST) if x.dtype == torch.float32 else 1
     w = None
-    if may_pack and chosen.linear == "packed" and (rows >= PACKED_ROWS or pieces > 1):
+    if may_pack and chosen.linear == "packed" and (rows >= PACKED_ROWS or pieces > 1 or forced == "trusted"):
         w = packed(weight, pieces)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
@@ -152,6 +155,8 @@ def packed(weight, pieces=1):
         return None
     if known.copy is None:
         return _make(known, weight, pieces)
+    if forced == "trusted" and state[0] is not None:
+        return known.copy
     if not torch.equal(known.bits.sum(1), known.sums):
         _known[id(weight)] = _Known(weight, state)
         return None
@@ -253,7 +258,7 @@ def _choice(dtype, few_rows, small, threads, forced):
     else:
         best, reason = "onednn", "oneDNN is as fast or faster, but gives other bits on weights in its own layout"
     if forced != "auto":
-        linear = "onednn" if few_rows else forced
+        linear = "onednn" if few_rows else "packed" if forced == "trusted" else forced
         return Choice(linear, fuses_gelu, f"{VARIABLE} is {forced!r}")
     seconds = fastest(
         pytorch=lambda: F.linear(x, weight),

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import nn
 from vitriton.kernels import layer_norm_linear, packed, use_backend
+from vitriton.kernels.ops import linear
+from vitriton.kernels.reference import compare
 from vitriton.vit import Attention, FeedForward, PreNorm, fuse
 
 ROWS = packed.PACKED_ROWS
@@ -178,6 +180,24 @@ def test_a_changed_weight_is_noticed(change):
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("name", [name for name in CHANGES if ".data," not in name and "NumPy" not in name])
+def test_a_changed_weight_is_noticed_by_its_version(name, monkeypatch):
+    """With "trusted", which reads no weight to find out; but for what PyTorch does not count."""
+    monkeypatch.setattr(packed, "forced", "trusted")
+    model, x = blocks(), tokens()
+    before = with_copies(model, x)
+    CHANGES[name](model)
+    counted = name not in (".data in place", "by a tensor that shares the storage")
+    expected = without_copies(model, x) if counted else before
+    assert torch.equal(model(x), expected)
+
+
+def test_trusted_makes_copies_for_few_rows(monkeypatch):
+    monkeypatch.setattr(packed, "forced", "trusted")
+    model, x = blocks(), torch.randn(1, packed.FEW_ROWS, 24)
+    assert torch.equal(with_copies(model, x), without_copies(model, x))
+
+
 def test_a_cast_is_noticed():
     skip_unless(torch.bfloat16)
     model, x = blocks(), tokens()
@@ -258,6 +278,49 @@ def test_weights_that_change_before_each_use_get_no_copies():
         for p in model.parameters():
             p.mul_(1.5)
     assert packed.packed_bytes() == (0, 0)
+
+
+@pytest.mark.parametrize("k", [24, 2 * packed.LONGEST + 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_in_training(k, bias):
+    """Values and gradients, and gradients of gradients, of a Linear that stands alone; K in one piece and in three."""
+    x, weight = torch.randn(5, 40, k), torch.randn(48, k)
+    inputs = [x, weight, torch.randn(48)] if bias else [x, weight]
+    grad, direction = torch.randn(5, 40, 48), torch.randn(5, 40, k)
+
+    def run(function, dtype):
+        with torch.enable_grad():
+            leaves = [t.to(dtype).requires_grad_() for t in inputs]
+            y = function(*leaves, *([] if bias else [None]))
+            first = torch.autograd.grad(y, leaves, grad.to(dtype))
+            (dx,) = torch.autograd.grad(function(*leaves, *([] if bias else [None])).square().sum(), leaves[0],
+                                        create_graph=True)  # fmt: skip
+            second = torch.autograd.grad((dx * direction.to(dtype)).sum(), leaves[:2])
+        return [y.detach(), *first, *second]
+
+    result, base, gold = (
+        run(f, dtype)
+        for f, dtype in ((linear, torch.float32), (nn.functional.linear, torch.float32), (linear, torch.float64))
+    )
+    with torch.enable_grad():
+        assert "_Linear" in type(linear(x, weight.requires_grad_(), None).grad_fn).__name__
+    for i, tensors in enumerate(zip(result, base, gold, strict=True)):
+        error = compare(str(i), *tensors, k=3)
+        assert error, str(error)
+    for some in ((True, False), (False, True)):
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(need) for t, need in zip((x, weight), some, strict=True)]
+            linear(*leaves, None).backward(grad)
+        assert [t.grad is not None for t in leaves] == list(some)
+
+
+def test_long_sums_are_made_in_pieces():
+    """One product by oneDNN would err twice as much as PyTorch's own."""
+    x, weight = torch.randn(ROWS, 4 * packed.LONGEST), torch.randn(64, 4 * packed.LONGEST)
+    gold, base = x.double() @ weight.double().t(), x @ weight.t()
+    for may_pack in (False, True, True):
+        y = packed.linear(x, weight, None, may_pack=may_pack)
+        assert (y - gold).square().mean().sqrt() < 1.6 * (base - gold).square().mean().sqrt()
 
 
 def test_few_rows_make_no_copies():
@@ -356,4 +419,4 @@ def test_the_environment_variable_chooses():
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     assert python("onednn").stdout == "onednn\n"
-    assert "is 'mkl'; allowed are 'auto', 'pytorch', 'onednn', 'packed'" in python("mkl").stderr
+    assert "is 'mkl'; allowed are 'auto', 'pytorch', 'onednn', 'packed', 'trusted'" in python("mkl").stderr
