@@ -17,7 +17,7 @@ from fused_blocks import called
 from library_models import build, open_clip_vit, timm_vit
 from torch import nn
 from vitriton.kernels import use_backend
-from vitriton.vit import explain, fuse, unfuse
+from vitriton.vit import explain, fuse, record_attention, unfuse
 from vitriton.vit.known import KNOWN, why_not_known
 
 X = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
@@ -237,6 +237,21 @@ def test_output_attentions(family):
     assert called(model, X)["attention"] == 2  # the hooks that transformers left do not count
 
 
+@pytest.mark.parametrize(
+    "named",
+    [{"is_causal": True}, {"attention_mask": torch.linspace(-3, 3, 98).sin().mul(9).view(2, 1, 7, 7)}],
+    ids=lambda named: next(iter(named)),
+)
+def test_transformers_masks(named):
+    attention, x = build("transformers ViT").model.vit.layers[0].attention, torch.randn(2, 7, 32)
+    expected = attention(x, **named)[0]
+    assert not torch.allclose(attention(x)[0], expected, atol=1e-3)
+    fuse(attention)
+    torch.testing.assert_close(attention(x, **named)[0], expected)
+    if "attention_mask" in named:
+        torch.testing.assert_close(attention(x, named["attention_mask"])[0], expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers, by name
 
@@ -308,6 +323,26 @@ def test_hooks_see_the_same(family):
 
 def leaves(value):
     return [t for t in torch.utils._pytree.tree_leaves(value) if t is None or isinstance(t, torch.Tensor)]
+
+
+FAMILIES = ("timm", "timm, q and k norm", "transformers ViT", "transformers DINOv3", "transformers CLIP", "torchvision")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "open_clip", "open_clip, sequence first", "vit-pytorch"])
+def test_recorded_attention(family):
+    model = build(family)
+
+    def maps():
+        with record_attention(model) as recorded, torch.no_grad():
+            model(X)
+        return [recorded[name] for name in recorded.layers]
+
+    expected = maps()
+    fuse(model)
+    result = maps()
+    assert len(result) == 2 and result[0].shape[1:] == result[0].shape[1:2] + 2 * result[0].shape[-1:]
+    torch.testing.assert_close(result, expected)
+    assert not plain_reasons(explain(model, X))
 
 
 def test_timm_attention_extract():

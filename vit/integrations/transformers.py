@@ -44,7 +44,7 @@ class FusedAttention(Fused):
             for name in PROJECTIONS
         )
         if self.ROPE:
-            rotate = self.plain.forward.__globals__["apply_rotary_pos_emb"]
+            rotate = type(self).plain.forward.__globals__["apply_rotary_pos_emb"]
             q, k = rotate(q, k, *kwargs["position_embeddings"])
         out = attend(self, q, k, v, getattr(self, self.SCALE))
         return apply(self._modules[self.OUT], out), None
