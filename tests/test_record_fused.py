@@ -126,6 +126,13 @@ def test_timm_s_attention_extract(method):
         utils.AttentionExtract(model, method="fx")
 
 
+def test_torch_fx_reads_the_plain_forward_of_timm_s_blocks():
+    model = torch.nn.Sequential(build("timm").blocks[0])
+    plain = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes]
+    fuse(model)
+    assert [node.target for node in torch.fx.symbolic_trace(model).graph.nodes] == plain
+
+
 @pytest.mark.usefixtures("unguarded")
 @pytest.mark.parametrize("family", ["timm", "transformers ViT", "torchvision", "open_clip", "vit-pytorch"])
 def test_the_cls_rows_need_no_map_of_all_tokens(family):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch.fx import Proxy
 
 from ...kernels import attention, qkv_attention
-from ...kernels.ops import direct, direct_qkv_attention
 from .. import record
 from ..known import QUICK_GELUS, gelu_of
 from ..modules import PLAIN_TENSORS, apply, merged, untouched
@@ -56,8 +55,7 @@ def attend_packed(module, qkv, heads, scale):
     """Attention on qkv (B,N,3*H*D) -> (B,N,H*D)."""
     if record.active:
         record.observe_qkv(module, qkv, heads, scale)
-    out = direct_qkv_attention(qkv, heads, scale) if direct(qkv) and qkv.is_contiguous() else None
-    return qkv_attention(qkv, heads, scale=scale) if out is None else out
+    return qkv_attention(qkv, heads, scale=scale)
 
 
 def attend(module, q, k, v, scale):
