@@ -18,9 +18,8 @@ from vitriton.kernels import use_backend
 from vitriton.vit import ViT, checkpoint, train
 from vitriton.vit.checkpoint import load_trained, read_checkpoint, save
 from vitriton.vit.cli import main
-from vitriton.vit.console import Console
+from vitriton.vit.console import Console, progress_bar
 from vitriton.vit.data import BLANK, Pictures, held_out_plan, read, scan, split, training_plan
-from vitriton.vit.demo import progress_bar
 
 pytestmark = pytest.mark.usefixtures("unguarded", "native")
 
@@ -134,7 +133,7 @@ def test_fused_and_plain_have_the_same_losses(tmp_path, capsys):
     losses = []
     for how in ([], ["--plain"]):
         log = tmp_path / "log.json"
-        args = ("digits", "--out", tmp_path / f"out{how}", "--json", log, "--epochs", "2", "--depth", "2", *how)
+        args = ("digits", "--out", tmp_path / f"out{how}", "--json", log, "--epochs", "2", "--depth", "1", *how)
         assert run(capsys, *args)[0] == 0
         losses.append(torch.tensor(json.loads(log.read_text())["losses"]))
     assert len(losses[0]) == 44
@@ -183,7 +182,7 @@ def test_a_killed_training_goes_on_to_the_last_bit(pictures, tmp_path):
         *SMALL,
         *SHORT[:2],
         "--epochs",
-        "12",
+        "8",
         "--dropout",
         "0.1",
         "--dtype",
@@ -200,17 +199,17 @@ def test_a_killed_training_goes_on_to_the_last_bit(pictures, tmp_path):
         killed = in_a_process(pictures, "--out", file.parent, *how, "--workers", "1")
         process = subprocess.Popen(**killed, stdout=stdout)
         deadline = time.monotonic() + 600
-        while "epoch 3/12" not in log.read_text() and time.monotonic() < deadline:
+        while "epoch 3/8" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.002)
         process.kill()
         process.wait()
     stopped_at = read_checkpoint(file)["step"]
-    assert 0 < stopped_at < 36
+    assert 0 < stopped_at < 24
     (file.parent / "checkpoint.pt.tmp").write_bytes(b"what a kill in the middle of writing leaves")
     resume = in_a_process(pictures, "--out", file.parent, *how, "--resume", "--workers", "0")
     resumed = subprocess.run(**resume, capture_output=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"after step {stopped_at} of 36" in resumed.stdout and "last bit" not in resumed.stdout
+    assert f"after step {stopped_at} of 24" in resumed.stdout and "last bit" not in resumed.stdout
     assert whole.wait(600) == 0
     expected, result = read_checkpoint(tmp_path / "whole" / "checkpoint.pt"), read_checkpoint(file)
     assert [name for name in expected if not equal(expected[name], result[name])] == []
@@ -514,7 +513,7 @@ def test_what_is_said_goes_above_the_bar():
 
     console = Console()
     console.stream = Terminal()
-    with progress_bar(console) as show:
+    with progress_bar(console, "training") as show:
         show(0.5, "half of it")
         console.say("meanwhile [this]")
     console.say("after")

@@ -37,8 +37,8 @@ def digits():
     return digits(torch.device("cpu"))
 
 
-def vit(fused=False, depth=4, **kwargs):
-    """The demo's small ViT, the same weights every time."""
+def vit(fused=False, depth=2, **kwargs):
+    """The demo's small ViT with fewer layers, the same weights every time."""
     torch.manual_seed(0)
     model = ViT(
         **{"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 10, "dim": 64, "depth": depth},
@@ -81,16 +81,19 @@ def losses(model, data, steps, autocast=None):
     return torch.stack(result)
 
 
-def assert_same_training(result, base, gold):
+def assert_same_training(result, base, gold, autocast=False):
     """Step by step, the fused model's loss is as near to that of fp64 training as the plain model's is.
 
     Both trainings start from the same weights and see the same batches, and rounding is all that tells them apart. It
     adds up from step to step (AdamW divides each gradient by its own size, so that what is near zero counts as much as
     what is not), so no fixed bound is right at every step. The measure is what the plain model's own rounding has done
     up to there: at most three times (kernels/reference.py's rule for gradients) its largest difference so far, and one
-    rounding of the loss itself.
+    rounding of the loss itself. Under autocast it is the largest of all steps: each loss is the mean of logits rounded
+    to half precision, and in the first steps, where no other is there to be larger, these may cancel by chance.
     """
-    allowed = 3 * (base - gold).abs().cummax(dim=0).values + torch.finfo(torch.float32).eps * gold.abs()
+    largest = (base - gold).abs()
+    largest = largest.max() if autocast else largest.cummax(dim=0).values
+    allowed = 3 * largest + torch.finfo(torch.float32).eps * gold.abs()
     error = (result - gold).abs()
     assert (error <= allowed).all(), torch.stack([error, allowed], dim=1)
 
@@ -101,8 +104,8 @@ def assert_same_training(result, base, gold):
 
 def test_digits_step_by_step(digits):
     """32 steps of plain and of fused training from the same seed, and the accuracy that they reach."""
-    plain, fused = vit(), vit(fused=True)
-    gold = losses(vit().double(), digits, 32)
+    plain, fused = vit(depth=4), vit(fused=True, depth=4)
+    gold = losses(vit(depth=4).double(), digits, 32)
     base, result = losses(plain, digits, 32), losses(fused, digits, 32)
     assert gold[-1] < 0.5 * gold[0]
     assert_same_training(result, base, gold)
@@ -113,21 +116,30 @@ def test_digits_step_by_step(digits):
 
 @pytest.mark.slow
 def test_digits_to_the_end(digits):
-    """20 epochs: trainings that rounding has parted long before reach the same accuracy."""
-    right = []
-    for fused in (False, True):
-        model = vit(fused)
+    """20 epochs, in which any rounding parts trainings: the fused model's accuracy is within 0.5% of those that plain
+    ones reach from weights that are off by one rounding."""
+
+    def accuracy(model, seed=None):
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p *= 1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape, generator=generator)
         losses(model, digits, 20 * len(digits[0]) // BATCH)
         with torch.no_grad():
-            right.append((model(digits[2]).argmax(dim=1) == digits[3]).double().mean().item())
-    assert right[0] > 0.95 and abs(right[0] - right[1]) <= 0.005
+            return (model(digits[2]).argmax(dim=1) == digits[3]).double().mean().item()
+
+    plain = [accuracy(vit(depth=4), seed) for seed in (None, 0, 1, 2)]
+    assert min(plain) > 0.95
+    assert min(plain) - 0.005 <= accuracy(vit(fused=True, depth=4)) <= max(plain) + 0.005, plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(digits, dtype):
     """A GradScaler for float16, as people have it."""
     gold = losses(vit().double(), digits, 8)
-    assert_same_training(losses(vit(fused=True), digits, 8, dtype), losses(vit(), digits, 8, dtype), gold)
+    base, result = (losses(vit(fused), digits, 8, dtype) for fused in (False, True))
+    assert_same_training(result, base, gold, autocast=True)
 
 
 def test_a_scaler_skips_what_overflows():
@@ -168,7 +180,7 @@ def test_gradient_checkpointing(use_reentrant, dtype):
     """Blocks that are computed again for their backward pass: the same dropout, the same autocast."""
     results = []
     for wrap in (lambda model: model, lambda model: checkpointed(model, use_reentrant)):
-        model = wrap(vit(fused=True, depth=2, dropout=0.1, emb_dropout=0.1))
+        model = wrap(vit(fused=True, dropout=0.1, emb_dropout=0.1))
         torch.manual_seed(1)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             results.append(gradients(model, *images()))
@@ -178,7 +190,7 @@ def test_gradient_checkpointing(use_reentrant, dtype):
 @pytest.mark.parametrize(("wrap", "dtype"), [(lambda model: model, None), (checkpointed, torch.bfloat16)])
 def test_compiled_training_has_no_graph_break(wrap, dtype):
     torch.compiler.reset()
-    model = wrap(vit(fused=True, depth=2))
+    model = wrap(vit(fused=True))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for n in (8, 5):  # another batch size: dynamic
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -191,7 +203,7 @@ def test_compiled_training_has_no_graph_break(wrap, dtype):
 def test_fusing_what_was_compiled():
     """fuse and unfuse inside a model that has been compiled and called: it is compiled again."""
     torch.compiler.reset()
-    model, (x, _) = vit(depth=2), images()
+    model, (x, _) = vit(), images()
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         before = compiled(x)
@@ -204,7 +216,7 @@ def test_fusing_what_was_compiled():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_export_of_a_model(training):
-    model, (x, _) = vit(fused=True, depth=2).train(training), images()
+    model, (x, _) = vit(fused=True).train(training), images()
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes={"img": {0: batch}})
     targets = [str(node.target) for node in program.run_decompositions().graph.nodes]
@@ -217,7 +229,7 @@ def test_averaged_model():
     """An exponential moving average: a fused copy, whose weights load into the plain model."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    model, (x, labels) = vit(fused=True, depth=2), images()
+    model, (x, labels) = vit(fused=True), images()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(2):
@@ -227,7 +239,7 @@ def test_averaged_model():
         average.update_parameters(model)
     assert type(average.module.transformer.layers[0][0]) is FusedPreNorm
     assert not torch.equal(average(x), model(x))
-    plain = vit(depth=2)
+    plain = vit()
     plain.load_state_dict(average.module.state_dict())
     assert "layer_norm_linear" in called(average, x)
     torch.testing.assert_close(average(x), plain(x))
@@ -280,11 +292,11 @@ ALTERATIONS = {  # and what fuse says of to_qkv then
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 @pytest.mark.parametrize(("alter", "reason"), ALTERATIONS.values(), ids=ALTERATIONS.keys())
 def test_altered_linears(alter, reason):
-    plain, (x, labels) = alter(vit(depth=2)), images()
-    assert not torch.allclose(plain(x), vit(depth=2)(x), atol=1e-3)
+    plain, (x, labels) = alter(vit()), images()
+    assert not torch.allclose(plain(x), vit()(x), atol=1e-3)
 
-    fused_before = alter(vit(fused=True, depth=2))
-    altered_before = alter(vit(depth=2))
+    fused_before = alter(vit(fused=True))
+    altered_before = alter(vit())
     try:
         report = str(fuse(altered_before))
     except ValueError as error:  # nothing is left to fuse
@@ -303,20 +315,20 @@ def test_altered_linears(alter, reason):
 
 def test_what_lora_leaves_is_fused():
     """LoRA in the MLPs alone: attention is fused; and merged into the weights all is again."""
-    model, (x, _) = lora(vit(depth=2), "net.0"), images()
+    model, (x, _) = lora(vit(), "net.0"), images()
     expected = model(x)
     report = fuse(model)
     assert (len(report.swapped), len(report.left)) == (4, 4)
     assert called(model, x)["layer_norm_linear"] == 2
     torch.testing.assert_close(model(x), expected)
 
-    merged = lora(vit(fused=True, depth=2), "net.0").merge_and_unload()
+    merged = lora(vit(fused=True), "net.0").merge_and_unload()
     assert called(merged, x)["layer_norm_linear"] == 4
     torch.testing.assert_close(merged(x), expected)
 
 
 def test_pruning_that_is_made_permanent_is_fused_again():
-    model, (x, _) = vit(depth=2), images()
+    model, (x, _) = vit(), images()
     fuse(pruned(model))
     expected = model(x)
     for linear in [m for m in model.modules() if isinstance(m, nn.Linear)]:
