@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ PACKAGES = ("torch", "triton", "timm", "onnx", "onnxruntime", "openvino", "flash
 def environment(device):
     """What a reader must know to judge the figures: hardware, threads and versions."""
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": describe(device),
         "cpu": describe(torch.device("cpu")),
         "cores": os.cpu_count(),
