@@ -42,11 +42,22 @@ def train(family, digits, swap):
     return torch.tensor(losses), right.float().mean().item()
 
 
+def nudge(model):
+    """Change each weight by about one rounding: how far two runs of the plain model then come apart is rounding."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(parameter.shape, generator=generator))
+
+
 @pytest.mark.parametrize("family", LIBRARIES)
 def test_losses_agree(family, digits):
     with use_backend("native"):
         losses, accuracy = train(family, digits, lambda model: None)
         fused_losses, fused_accuracy = train(family, digits, fuse)
+        nudged_losses, _ = train(family, digits, nudge)
     assert losses[-8:].mean() < losses[0] - 0.05 and accuracy > 0.22  # there was something to learn
-    torch.testing.assert_close(fused_losses, losses, rtol=1e-4, atol=1e-5)
+    error, rounding = (fused_losses - losses).abs(), (nudged_losses - losses).abs().cummax(0).values
+    assert (error <= 1e-5 + 3 * rounding).all(), (error, rounding)
+    assert (error[:8] <= 1e-5).all()
     assert abs(fused_accuracy - accuracy) <= 0.005
