@@ -26,7 +26,8 @@ def train(family, digits, swap):
     make, options, _ = FAMILIES[family]
     model = make(**options)
     swap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    # an eps beside which rounding is small: with 1e-8, Adam makes whole steps of gradients that are rounding alone
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-5)
     images, labels = digits
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     losses = []
@@ -42,11 +43,22 @@ def train(family, digits, swap):
     return torch.tensor(losses), right.float().mean().item()
 
 
+def nudge(model):
+    """Change each weight by about one rounding: how far two runs of the plain model then come apart is rounding."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(parameter.shape, generator=generator))
+
+
 @pytest.mark.parametrize("family", LIBRARIES)
 def test_losses_agree(family, digits):
     with use_backend("native"):
         losses, accuracy = train(family, digits, lambda model: None)
         fused_losses, fused_accuracy = train(family, digits, fuse)
-    assert losses[-8:].mean() < losses[0] - 0.05 and accuracy > 0.22  # there was something to learn
-    torch.testing.assert_close(fused_losses, losses, rtol=1e-4, atol=1e-5)
+        nudged_losses, _ = train(family, digits, nudge)
+    assert losses[-8:].mean() < losses[0] - 0.05 and accuracy > 0.2  # there was something to learn
+    error, rounding = (fused_losses - losses).abs(), (nudged_losses - losses).abs().cummax(0).values
+    assert (error <= 1e-5 + 1e-4 * losses + 3 * rounding).all(), (error, rounding)
+    assert (error[:8] <= 1e-5).all()
     assert abs(fused_accuracy - accuracy) <= 0.005

@@ -11,11 +11,11 @@ from torch.fx import Proxy
 from ...kernels import attention, qkv_attention
 from .. import record
 from ..known import QUICK_GELUS, gelu_of
-from ..modules import PLAIN_TENSORS, apply, merged, untouched
+from ..modules import PLAIN_TENSORS, _Packs, apply, merged, untouched
 from ..notes import NOT_MERGED, note
 
 
-class Fused:
+class Fused(_Packs):
     """A fused block of a library. `plain` is the library's class."""
 
     plain = None
