@@ -68,7 +68,9 @@ def test_rollout_panels():
         row = rolled[panel.layer][0, 0, 1:].view(4, 6)
         torch.testing.assert_close(panel.map, row / row.sum())
     torch.testing.assert_close(panels[-1].map.flatten(), patch_rollout(model, image.unsqueeze(0), **kwargs)[0])
-    assert [panel.layer for panel in look(model, image, method="rollout", layers=0)] == [0]
+    assert [panel.title for panel in look(model, image, method="rollout", layers=[0, 4])] == [
+        "layer 0", "layers 0 to 4 (all)"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("library", ["vit-pytorch, registers", "transformers, DINOv2 with registers", "torchvision"])
@@ -108,7 +110,7 @@ def test_a_picture_in_one_call(tmp_path):
     panel = attention_picture(
         tmp_path / "a.png", model, image, photo=torch.rand(160, 240, 3).numpy(), method="rollout"
     )[0]
-    assert panel.title == "layer 0 to 1" and re.fullmatch(r"largest \d+\.\dx the average", panel.remark)
+    assert panel.title == "layers 0 to 1" and re.fullmatch(r"largest \d+\.\dx the average", panel.remark)
 
 
 def test_grids():

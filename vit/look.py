@@ -31,7 +31,8 @@ class Panel:
     method      "cls" or "rollout", see `look`
     layer       index of the layer, of `depth`; of a rollout, of the last one that it goes through
     head        index, or how heads were fused: "mean", "max", "min"
-    on_patches  the share of all attention that goes to patches, and not to the CLS token or registers
+    on_patches  the share of all attention that goes to patches, and not to the CLS token or registers; 1 of a rollout,
+                which is of patches alone
     """
 
     map: Tensor
@@ -55,7 +56,7 @@ class Panel:
     def title(self):
         last = self.layer == self.depth - 1
         if self.method == "rollout":
-            return f"layer 0 to {self.layer}" + (" (all)" if last else "")
+            return ("layer 0" if not self.layer else f"layers 0 to {self.layer}") + (" (all)" if last else "")
         head = f"{self.head} of heads" if isinstance(self.head, str) else f"head {self.head}"
         return f"layer {self.layer}{' (last)' if last else ''}, {head}"
 

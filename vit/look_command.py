@@ -59,10 +59,10 @@ def look_at(args):
         lines.append("THE MODEL IS NOT TRAINED: its weights are random, and these maps say nothing about the image.")
     draw_look(args.out, shown, panels, title, "\n".join(lines))
     console.say("\n".join([title, *(line for text in lines for line in wrap(text))]))
-    console.table(
-        ["map", "row", "column", "times the average", "on patches"],
-        [[p.title, *(str(i) for i in p.place), f"{p.peak:.1f}", f"{p.on_patches:.0%}"] for p in panels],
-    )
+    header = ["map", "row", "column", "times the average", "on patches"]
+    rows = [[p.title, *(str(i) for i in p.place), f"{p.peak:.1f}", f"{p.on_patches:.0%}"] for p in panels]
+    columns = 5 if args.method == "cls" else 4
+    console.table(header[:columns], [row[:columns] for row in rows])
     seconds = time.perf_counter() - started
     console.say(f"wrote {args.out}: {len(panels)} {'map' if len(panels) == 1 else 'maps'} in {seconds:.1f} s")
     return console.finish(
