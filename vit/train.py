@@ -124,7 +124,7 @@ class Training:
             except ValueError as error:
                 raise Problem(f"{str(error).splitlines()[0]}: give --plain to train it as it is") from error
         self.model = self.shared.share(model)
-        self.ways = ways(model, DTYPES[self.dtype]) if device.type == "cpu" else {}
+        self.ways = self.shared.gather(ways(model, DTYPES[self.dtype]) if device.type == "cpu" else {})[0]
         torch.manual_seed(args.seed + self.shared.rank)  # each process draws dropouts of its own
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
