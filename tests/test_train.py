@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vitriton.kernels import use_backend
+from vitriton.kernels import packed, use_backend
 from vitriton.vit import ViT, checkpoint, train
 from vitriton.vit.checkpoint import load_trained, read_checkpoint, save
 from vitriton.vit.cli import main
@@ -223,6 +223,26 @@ def test_resume_from_the_beginning_and_at_the_end(pictures, tmp_path, capsys):
     (tmp_path / "model.pt").unlink()
     code, text, _ = run(capsys, *args)
     assert code == 0 and "after step 9 of 9" in text and (tmp_path / "model.pt").exists()
+
+
+def test_resume_takes_the_same_ways_on_a_cpu(pictures, tmp_path, capsys, monkeypatch):
+    """Which product of matrices is the fastest is measured in each process, and each gives other bits."""
+    args, variable = (pictures, "--out", tmp_path, *SMALL, *SHORT), "VITRITON_CPU_LINEAR"
+    taken, linear = [], packed.linear
+    monkeypatch.setattr(packed, "linear", lambda *a, **k: taken.append(packed.forced) or linear(*a, **k))
+    monkeypatch.setattr(packed, "forced", "pytorch")
+    monkeypatch.setattr(train, "save", lambda path, content: content.get("step") == 3 and save(path, content))
+    monkeypatch.setattr(train.Training, "finish", lambda *_: 0)
+    assert run(capsys, *args)[0] == 0
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["circumstances"][variable] == "pytorch"
+    monkeypatch.setattr(packed, "forced", "auto")
+    monkeypatch.setattr(packed, "choice", lambda *_: packed.Choice("onednn", False, "it was faster this time"))
+    code, text, _ = run(capsys, *args, "--resume")
+    assert code == 0 and "after step 3 of 9" in text and "last bit" not in text
+    assert set(taken) == {"pytorch"} and packed.forced == "auto"
+    monkeypatch.setattr(packed, "forced", "onednn")
+    code, text, _ = run(capsys, *args, "--resume")
+    assert code == 0 and f"not to the last bit what it would have been without the break: {variable} was " in text
 
 
 def test_resume_with_other_settings_is_refused(pictures, tmp_path, capsys):

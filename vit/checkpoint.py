@@ -5,11 +5,14 @@ weights_only. Its "model" is the state_dict of the plain model, whatever was fus
 """
 
 import difflib
+import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from ..kernels import native_attention, packed
 from .console import Problem, require
 from .reference import ViT, vit_preset
 
@@ -167,3 +170,35 @@ def restore_training(state, model, optimizer, scheduler, scaler, processes):
         torch.set_rng_state(rng["cpu"])
         if "device" in rng and processes.device.type != "cpu":
             torch.get_device_module(processes.device).set_rng_state(rng["device"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ways of kernels/packed.py and kernels/native_attention.py on a CPU, which give other bits
+
+
+def ways(model, dtype):
+    """Which of the ways that come to the same, but for rounding, are the fastest on this CPU, or were chosen."""
+    dtype = dtype or torch.float32
+    n, k = max((m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)), key=math.prod)
+    attention = "products" if native_attention.choice(dtype).products else "flash"
+    return {packed.VARIABLE: packed.choice(dtype, 192, n, k).linear, native_attention.VARIABLE: attention}
+
+
+def same_ways(found, before):
+    """The ways of the training that goes on, where none was chosen: measured again, others might be the fastest."""
+    auto = {module.VARIABLE for module in (packed, native_attention) if module.forced == "auto" and packed.HAS_ONEDNN}
+    return {name: before.get(name, way) if name in auto else way for name, way in found.items()}
+
+
+@contextmanager
+def fixed_ways(chosen):
+    """Take these ways, whatever would be measured: a training that goes on in another process takes the same."""
+    modules = [module for module in (packed, native_attention) if module.VARIABLE in chosen]
+    before = [module.forced for module in modules]
+    for module in modules:
+        module.forced = chosen[module.VARIABLE]
+    try:
+        yield
+    finally:
+        for module, forced in zip(modules, before, strict=True):
+            module.forced = forced

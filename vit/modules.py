@@ -24,6 +24,7 @@ from .reference import Attention, FeedForward, PreNorm
 
 __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
 
+LOOKED_AT = "something looks at the attention weights, or changes them"
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # nn.GELU's approximate -> layer_norm_linear's activation
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # the last under torch.export; other subclasses act as they like
 
@@ -47,7 +48,7 @@ class FusedAttention(_Packs, Attention):
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         if type(x) not in PLAIN_TENSORS or not self._only_softmax():
-            note(self, "something looks at the attention weights, or changes them")
+            note(self, LOOKED_AT if type(x) in PLAIN_TENSORS else f"its input is a {type(x).__name__}")
             return self.plain.forward(self, x if norm is None else norm(x))
         qkv = None if norm is None else merged(x, norm, self.to_qkv)
         if qkv is None:

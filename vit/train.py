@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from ..kernels import explain
-from .checkpoint import build, read_checkpoint, restore_training, save, training_state
+from .checkpoint import build, fixed_ways, read_checkpoint, restore_training, same_ways, save, training_state, ways
 from .console import Console, Problem, check_writable, progress_bar, require, version
 from .curve import draw_curve
 from .data import BLANK, collate, digits_data, folder_data, held_out_plan, training_plan
@@ -42,7 +42,9 @@ def train(args):
             console.say(f"{shared.count} processes, {shared.mode}")
         threads = few_threads(shared.device) if args.data == "digits" else nullcontext()
         with usable_backend(console, shared.device), threads:
-            return Training(args, shared, console, started).run()
+            training = Training(args, shared, console, started)
+            with fixed_ways(training.ways):
+                return training.run()
 
 
 class Training:
@@ -122,6 +124,7 @@ class Training:
             except ValueError as error:
                 raise Problem(f"{str(error).splitlines()[0]}: give --plain to train it as it is") from error
         self.model = self.shared.share(model)
+        self.ways = self.shared.gather(ways(model, DTYPES[self.dtype]) if device.type == "cpu" else {})[0]
         torch.manual_seed(args.seed + self.shared.rank)  # each process draws dropouts of its own
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -146,6 +149,7 @@ class Training:
             "parallel": shared.mode or "no",
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            **self.ways,
         }
 
     def resume(self):
@@ -162,8 +166,12 @@ class Training:
         restore_training(saved, self.model, self.optimizer, self.scheduler, self.scaler, self.shared)
         self.step, self.history, self.skipped = saved["step"], saved["history"], saved["skipped"]
         self.console.say(f"going on from {self.file}, after step {self.step} of {self.steps}")
-        before, now = saved["circumstances"], self.circumstances()
-        if differing := [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]:
+        before = saved["circumstances"]
+        self.ways = same_ways(self.ways, before)
+        now = self.circumstances()
+        if differing := [
+            f"{name} was {before.get(name)} and is {now[name]}" for name in now if before.get(name) != now[name]
+        ]:
             self.console.say(f"  not to the last bit what it would have been without the break: {'; '.join(differing)}")
         self.saved = None
 
