@@ -229,8 +229,8 @@ def test_demo_fails_if_it_has_not_learnt(capsys, tmp_path):
 def test_costs_judge_answers(monkeypatch):
     forward = native.layer_norm_linear_forward
 
-    def wrong(*args):
-        y, *others = forward(*args)
+    def wrong(*args, **options):
+        y, *others = forward(*args, **options)
         return y * 1.001, *others
 
     with use_backend("native"):
@@ -303,7 +303,7 @@ def test_check_native(capsys):
 def plant(monkeypatch, function, change):
     """Let native.`function` return what `change` makes of what it returns."""
     right = getattr(native, function)
-    monkeypatch.setattr(native, function, lambda *args: change(*right(*args)))
+    monkeypatch.setattr(native, function, lambda *args, **options: change(*right(*args, **options)))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_check_fails_on_a_planted_error(function, change, wrong, right, monkeypa
 def test_check_goes_on_after_an_exception(monkeypatch, capsys):
     monkeypatch.setattr(check, "DTYPES", (torch.float32,))
 
-    def fail(*args):
+    def fail(*args, **options):
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(native, "attention_forward", fail)
