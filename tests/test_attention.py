@@ -83,7 +83,7 @@ LENGTHS = [(1, 130), (130, 1), (17, 50), (63, 64), (64, 65), (65, 63), (128, 127
     ],
 )
 def test_more_or_fewer_keys_than_queries(where, dtype, nq, nk):
-    heads, draws = (12, 16) if nq == 1 or nk == 1 else (1, 1)
+    heads, draws = (12, 16 if dtype == F32 else 4) if nq == 1 or nk == 1 else (1, 1)
     inputs = [attention_inputs(1, heads, nq, nk, 16, dtype=dtype, device=where) for _ in range(draws)]
     assert_parity_of_draws(attention, inputs)
 
