@@ -102,7 +102,9 @@ def _find(kernel, chip, dtype, head_dim):
 
 def splits(chip, weight):
     """Whether `vitriton tune` found that LayerNorm and a Linear of this weight are faster one by one on this card."""
-    return isinstance(chip, Chip) and ("split", weight.dtype, tuple(weight.shape)) in chip.winners
+    return (
+        isinstance(chip, Chip) and bool(chip.winners) and ("split", weight.dtype, tuple(weight.shape)) in chip.winners
+    )
 
 
 def product_tiles(chip, dtype, align):

@@ -345,12 +345,12 @@ def test_peak_memory_agrees_with_the_closed_form_of_the_plain_map():
     """The plain formula holds two maps at once (scores before and after scaling; then scores and softmax)."""
     shape = Shape("xs", 2, 300)
     case = Case(functions.QUESTIONS["qkv_attention"], shape, torch.float32, "cpu", False)
-    race = Race(case, ("vitriton", "plain"))
+    race = Race(case, ("SDPA", "plain"))
     peaks = race.peaks()
     one_map = 2 * 2 * 300 * 300 * 4
     activations = 2 * 300 * 64 * 4  # of q, k, v or the output
     assert 2 * one_map <= peaks["plain"] <= 2 * one_map + 4 * activations
-    assert peaks["vitriton"] < one_map / 2
+    assert activations <= peaks["SDPA"] < one_map / 2  # which makes no map
 
 
 def test_traffic_of_a_block_is_each_tensor_once():
