@@ -176,7 +176,7 @@ def _attention_bwd_dkdv_kernel(
     v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, True, D, D0, D1, ALIGN, OFFSET)
     dk0, dk1 = _zero_parts(BLOCK_N, D0, D1, ACC)
     dv0, dv1 = _zero_parts(BLOCK_N, D0, D1, ACC)
-    for _ in range(0, NQ // BLOCK_M):
+    for _ in tl.range(0, NQ // BLOCK_M, disable_licm=D0 + D1 <= 64):  # addresses made in advance spill there
         dk0, dk1, dv0, dv1 = _bwd_dkdv_queries(
             k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_ptr, do_ptr, lse_ptr, delta_ptr, share_ptr, BLOCK_M, scale_log2e,
             stride_qn, stride_qd, stride_don, stride_dod, BLOCK_M, False, RESUM,
@@ -204,14 +204,15 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     (b, h, nq, d), nk = q.shape, k.shape[2]
     lse = lse.contiguous()
     tensors = (q, k, v, out, grad, dq, dk, dv)
-    tiles = configs.one_backward_kernel(chip_of(q.device), q.dtype, d, alignment(*tensors), b * h, max(nq, nk))
+    chip, align = chip_of(q.device), alignment(*tensors)
+    tiles = configs.one_backward_kernel(chip, q.dtype, d, align, b * h, max(nq, nk))
     if tiles is not None:
         attention_backward_heads(grad, q, k, v, out, lse, scale, dq, dk, dv, tiles)
         return
     delta = lse.new_empty(lse.shape)
     resum = q.dtype.itemsize > 2  # beside half-precision operands, the rounding of lse is nothing
     share = lse.new_empty(lse.shape) if resum else delta
-    tiles = configs.tiles("attention_bwd_dq", chip_of(q.device), q.dtype, d)
+    tiles = configs.gradient_tiles("attention_bwd_dq", chip, q.dtype, d, align)
     launch(
         _attention_bwd_dq_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),
         q, k, v, out, grad, lse, delta, share, dq,
@@ -220,7 +221,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
         BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N), RESUM=resum,
         **_common(q, d, tiles.BLOCK_M, *tensors), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    tiles = configs.tiles("attention_bwd_dkdv", chip_of(q.device), q.dtype, d)
+    tiles = configs.gradient_tiles("attention_bwd_dkdv", chip, q.dtype, d, align)
     launch(
         _attention_bwd_dkdv_kernel, (b, cdiv(nk, tiles.BLOCK_N), h),
         q, k, v, grad, lse, delta, share, dk, dv,

@@ -46,12 +46,14 @@ TABLE = (
     Row("attention_fwd", _MMA_SYNC, "half", 96, Tiles(128, 32, 4, 2), "the same; 64 keys spill"),
     Row("attention_fwd", "any", "half", 128, Tiles(128, 64, 8, 2), "16 rows a warp, or the output spills"),
     Row("attention_fwd", _HOPPER, "half", 256, Tiles(128, 64, 8, 2), "208 of 227 KB of shared memory"),
-    Row("attention_fwd", "gfx942", "half", 256, Tiles(64, 32, 8, 1), "what fits into 64 KB of shared memory"),
+    Row("attention_fwd", "gfx942", "half", 256, Tiles(64, 32, 4, 1), "what fits into 64 KB of shared memory"),
+    Row("attention_fwd", "sm_80", "half", 256, Tiles(64, 32, 4, 1), "128 queries spill"),
     Row("attention_fwd", "any", "half", 256, Tiles(128, 32, 8, 1), "a second stage spills"),
     Row("attention_fwd", "any", "any", 128, Tiles(64, 32, 8, 2), "operands of FMA products take many registers"),
     Row("attention_fwd", "any", "any", 256, Tiles(32, 32, 8, 2), "the same"),
     Row("attention_bwd", "interpreter", "half", 64, Tiles(64, 64, 4, 1), "as forward; beyond, two kernels"),
     Row("attention_bwd", "sm_80 sm_89 sm_90 sm_120", "half", 64, Tiles(64, 64, 4, 2), "see `one_backward_kernel`"),
+    Row("attention_bwd_dq_unaligned", _MMA_SYNC + " sm_90", "half", 64, Tiles(128, 32, 8, 2), "64 keys spill"),
     Row("attention_bwd_dq", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
     Row("attention_bwd_dq", "any", "half", 64, Tiles(64, 64, 4, 2), "128 rows on 8 warps count the same"),
     Row("attention_bwd_dq", "any", "half", 128, Tiles(64, 32, 4, 2), "64 keys spill on sm_80"),
@@ -59,6 +61,10 @@ TABLE = (
     Row("attention_bwd_dq", _MMA_SYNC, "half", 256, Tiles(16, 32, 4, 2), "the same"),
     Row("attention_bwd_dq", "any", "half", 256, Tiles(64, 32, 8, 1), "the same"),
     Row("attention_bwd_dq", "any", "any", 256, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
+    Row("attention_bwd_dkdv_unaligned", _MMA_SYNC, "half", 64, Tiles(32, 128, 8, 2), "an address for each element"),
+    Row("attention_bwd_dkdv_unaligned", "sm_90", "half", 64, Tiles(64, 128, 8, 2), "8 warps share them: fewer slots"),
+    Row("attention_bwd_dkdv", "sm_120", "half", 64, Tiles(32, 64, 4, 2), "64 queries spill; tensor cores bind anyway"),
+    Row("attention_bwd_dkdv", "sm_90", "half", 256, Tiles(32, 64, 8, 1), "the largest that does not spill"),
     Row("attention_bwd_dkdv", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
     Row("attention_bwd_dkdv", "any", "half", 64, Tiles(64, 64, 4, 2), "the largest that does not spill"),
     Row("attention_bwd_dkdv", _HOPPER, "half", 80, Tiles(64, 64, 4, 2), "the same"),
@@ -103,6 +109,12 @@ def _find(kernel, chip, dtype, head_dim):
 def splits(chip, weight):
     """Whether `vitriton tune` found that LayerNorm and a Linear of this weight are faster one by one on this card."""
     return isinstance(chip, Chip) and ("split", weight.dtype, tuple(weight.shape)) in chip.winners
+
+
+def gradient_tiles(kernel, chip, dtype, head_dim, align):
+    """`tiles` of attention's two backward kernels: those for unaligned tensors, where there is such a row."""
+    unaligned = _find(kernel + "_unaligned", chip, dtype, head_dim) if align == 1 else None
+    return unaligned or tiles(kernel, chip, dtype, head_dim)
 
 
 def product_tiles(chip, dtype, align):
