@@ -176,7 +176,7 @@ def _attention_bwd_dkdv_kernel(
     v0, v1 = _load_parts(v_ptr, keys, key_end, stride_vn, stride_vd, True, D, D0, D1, ALIGN, OFFSET)
     dk0, dk1 = _zero_parts(BLOCK_N, D0, D1, ACC)
     dv0, dv1 = _zero_parts(BLOCK_N, D0, D1, ACC)
-    for _ in tl.range(0, NQ // BLOCK_M, disable_licm=D0 + D1 <= 64):  # addresses made in advance spill there
+    for _ in range(0, NQ // BLOCK_M):
         dk0, dk1, dv0, dv1 = _bwd_dkdv_queries(
             k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_ptr, do_ptr, lse_ptr, delta_ptr, share_ptr, BLOCK_M, scale_log2e,
             stride_qn, stride_qd, stride_don, stride_dod, BLOCK_M, False, RESUM,
