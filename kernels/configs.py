@@ -175,7 +175,7 @@ def one_backward_kernel(chip, dtype, head_dim, align, heads, n):
     None where the two kernels, with seven products of matrices instead of five, are better:
 
     - where there is no row: it spills (head dims beyond 64, unaligned tensors), fp32 would lose digits, the pipe that
-      binds is busier than in both together (sm_100: shared memory), or L2 is too small for its sums (sm_86: 6 MB);
+      binds is far busier than in both together (sm_100: shared memory), or L2 is too small for its sums (sm_86: 6 MB);
     - beyond 320 tokens: the sums of two programs a multiprocessor, 22 MB on sm_90, would no longer stay in L2 beside
       the tensors, and each tile of keys reads and writes all of a head;
     - where heads fill less than 5/7 of the chip's rounds, at two programs a multiprocessor: what the two spare products
