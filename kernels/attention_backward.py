@@ -204,14 +204,15 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     (b, h, nq, d), nk = q.shape, k.shape[2]
     lse = lse.contiguous()
     tensors = (q, k, v, out, grad, dq, dk, dv)
-    tiles = configs.one_backward_kernel(chip_of(q.device), q.dtype, d, alignment(*tensors), b * h, max(nq, nk))
+    chip, align = chip_of(q.device), alignment(*tensors)
+    tiles = configs.one_backward_kernel(chip, q.dtype, d, align, b * h, max(nq, nk))
     if tiles is not None:
         attention_backward_heads(grad, q, k, v, out, lse, scale, dq, dk, dv, tiles)
         return
     delta = lse.new_empty(lse.shape)
     resum = q.dtype.itemsize > 2  # beside half-precision operands, the rounding of lse is nothing
     share = lse.new_empty(lse.shape) if resum else delta
-    tiles = configs.tiles("attention_bwd_dq", chip_of(q.device), q.dtype, d)
+    tiles = configs.gradient_tiles("attention_bwd_dq", chip, q.dtype, d, align)
     launch(
         _attention_bwd_dq_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),
         q, k, v, out, grad, lse, delta, share, dq,
@@ -220,7 +221,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
         BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N), RESUM=resum,
         **_common(q, d, tiles.BLOCK_M, *tensors), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    tiles = configs.tiles("attention_bwd_dkdv", chip_of(q.device), q.dtype, d)
+    tiles = configs.gradient_tiles("attention_bwd_dkdv", chip, q.dtype, d, align)
     launch(
         _attention_bwd_dkdv_kernel, (b, cdiv(nk, tiles.BLOCK_N), h),
         q, k, v, grad, lse, delta, share, dk, dv,

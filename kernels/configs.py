@@ -46,12 +46,14 @@ TABLE = (
     Row("attention_fwd", _MMA_SYNC, "half", 96, Tiles(128, 32, 4, 2), "the same; 64 keys spill"),
     Row("attention_fwd", "any", "half", 128, Tiles(128, 64, 8, 2), "16 rows a warp, or the output spills"),
     Row("attention_fwd", _HOPPER, "half", 256, Tiles(128, 64, 8, 2), "208 of 227 KB of shared memory"),
-    Row("attention_fwd", "gfx942", "half", 256, Tiles(64, 32, 8, 1), "what fits into 64 KB of shared memory"),
+    Row("attention_fwd", "gfx942", "half", 256, Tiles(64, 32, 4, 1), "what fits into 64 KB of shared memory"),
+    Row("attention_fwd", "sm_80", "half", 256, Tiles(64, 32, 4, 1), "128 queries spill"),
     Row("attention_fwd", "any", "half", 256, Tiles(128, 32, 8, 1), "a second stage spills"),
     Row("attention_fwd", "any", "any", 128, Tiles(64, 32, 8, 2), "operands of FMA products take many registers"),
     Row("attention_fwd", "any", "any", 256, Tiles(32, 32, 8, 2), "the same"),
     Row("attention_bwd", "interpreter", "half", 64, Tiles(64, 64, 4, 1), "as forward; beyond, two kernels"),
     Row("attention_bwd", "sm_80 sm_89 sm_90 sm_120", "half", 64, Tiles(64, 64, 4, 2), "see `one_backward_kernel`"),
+    Row("attention_bwd_dq_unaligned", _MMA_SYNC, "half", 64, Tiles(128, 32, 8, 2), "64 keys spill"),
     Row("attention_bwd_dq", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
     Row("attention_bwd_dq", "any", "half", 64, Tiles(64, 64, 4, 2), "128 rows on 8 warps count the same"),
     Row("attention_bwd_dq", "any", "half", 128, Tiles(64, 32, 4, 2), "64 keys spill on sm_80"),
@@ -59,12 +61,16 @@ TABLE = (
     Row("attention_bwd_dq", _MMA_SYNC, "half", 256, Tiles(16, 32, 4, 2), "the same"),
     Row("attention_bwd_dq", "any", "half", 256, Tiles(64, 32, 8, 1), "the same"),
     Row("attention_bwd_dq", "any", "any", 256, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
+    Row("attention_bwd_dkdv_unaligned", _MMA_SYNC, "half", 64, Tiles(32, 128, 8, 2), "an address for each element"),
+    Row("attention_bwd_dkdv_unaligned", "sm_90", "half", 64, Tiles(64, 128, 8, 2), "8 warps share them: fewer slots"),
+    Row("attention_bwd_dkdv", "sm_120", "half", 64, Tiles(32, 64, 4, 2), "64 queries spill; tensor cores bind anyway"),
     Row("attention_bwd_dkdv", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
     Row("attention_bwd_dkdv", "any", "half", 64, Tiles(64, 64, 4, 2), "the largest that does not spill"),
     Row("attention_bwd_dkdv", _HOPPER, "half", 80, Tiles(64, 64, 4, 2), "the same"),
     Row("attention_bwd_dkdv", _HOPPER, "half", 128, Tiles(32, 64, 4, 2), "the same"),
     Row("attention_bwd_dkdv", "any", "half", 80, Tiles(32, 64, 4, 2), "the same"),
     Row("attention_bwd_dkdv", "any", "half", 128, Tiles(16, 64, 4, 2), "the same"),
+    Row("attention_bwd_dkdv", "sm_90", "half", 256, Tiles(32, 64, 8, 1), "the largest that does not spill"),
     Row("attention_bwd_dkdv", _MMA_SYNC, "half", 256, Tiles(16, 16, 4, 2), "what spills least"),
     Row("attention_bwd_dkdv", "any", "half", 256, Tiles(16, 64, 8, 1), "the same"),
     Row("attention_bwd_dkdv", "any", "any", 256, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
@@ -105,6 +111,12 @@ def splits(chip, weight):
     return (
         isinstance(chip, Chip) and bool(chip.winners) and ("split", weight.dtype, tuple(weight.shape)) in chip.winners
     )
+
+
+def gradient_tiles(kernel, chip, dtype, head_dim, align):
+    """`tiles` of attention's two backward kernels: those for unaligned tensors, where there is such a row."""
+    unaligned = _find(kernel + "_unaligned", chip, dtype, head_dim) if align == 1 else None
+    return unaligned or tiles(kernel, chip, dtype, head_dim)
 
 
 def product_tiles(chip, dtype, align):
@@ -165,7 +177,7 @@ def one_backward_kernel(chip, dtype, head_dim, align, heads, n):
     None where the two kernels, with seven products of matrices instead of five, are better:
 
     - where there is no row: it spills (head dims beyond 64, unaligned tensors), fp32 would lose digits, the pipe that
-      binds is busier than in both together (sm_100: shared memory), or L2 is too small for its sums (sm_86: 6 MB);
+      binds is far busier than in both together (sm_100: shared memory), or L2 is too small for its sums (sm_86: 6 MB);
     - beyond 320 tokens: the sums of two programs a multiprocessor, 22 MB on sm_90, would no longer stay in L2 beside
       the tensors, and each tile of keys reads and writes all of a head;
     - where heads fill less than 5/7 of the chip's rounds, at two programs a multiprocessor: what the two spare products

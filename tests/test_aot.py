@@ -215,7 +215,10 @@ def test_executed_instructions_are_known_where_issue_binds(survey):
     unknown = [
         (record.name, record.executed)
         for record in survey.records
-        if record.kernel == "attention_fwd" and record.arch in ("sm_80", "sm_90") and record.dtype != "fp32"
+        if record.kernel == "attention_fwd"
+        and record.arch in ("sm_80", "sm_90")
+        and record.dtype != "fp32"
+        and record.head_dim <= 128  # beyond, warps repeat products in the tails
         if not record.executed or any(found.per_pair is None for found in record.executed.values())
     ]
     assert unknown == []
