@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from vitriton.vit.bench import charts
+from vitriton.vit.bench.report import source
 from vitriton.vit.bench.sizes import SIZES
 from vitriton.vit.cli import main as vitriton
 from vitriton.vit.measure import quantiles
@@ -111,6 +112,8 @@ def text(runs):
     dates = sorted(run["machine"]["date"] for run in runs.values())
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     absent = [piece for piece in PIECES if piece not in runs]
+    old = [piece for piece, run in runs.items() if run["machine"].get("source") != source()]
+    disturbed = [piece for piece, run in runs.items() if any(r.get("disturbed") for r in run["records"])]
     inference, training, functions = (records_of(runs, *names) for names in (MODELS, ("train",), ("functions",)))
     parts = [
         "# Results on a CPU",
@@ -120,6 +123,8 @@ def text(runs):
         "plain formula in float64 before it was timed; the rivals of a row took turns in one process. Times are "
         "medians in ms; bold is the fastest. No GPU was at hand.",
         f"Not measured yet, and missing below: {', '.join(absent)}." if absent else "",
+        f"Measured with earlier sources of vitriton, so not figures of this checkout: {', '.join(old)}." if old else "",
+        f"Disturbed by other programs, not to be trusted: {', '.join(disturbed)}." if disturbed else "",
     ]
     if inference:
         parts += [

@@ -5,6 +5,7 @@ median), "p20", "p80", "calls" and what follows from them. Other statuses have a
 """
 
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -17,17 +18,25 @@ from ..console import Problem, version
 from ..measure import describe, quantiles
 from .peers import version as version_of
 
-__all__ = ["compare_runs", "environment", "load", "records_of", "table", "write_csv"]
+__all__ = ["compare_runs", "environment", "load", "records_of", "source", "table", "write_csv"]
 
 KEY = ("kind", "name", "image_size", "tokens", "batch", "dtype", "device", "what", "rival")
 LEAST = 0.02  # a change below this part of the time is never called one
 PACKAGES = ("torch", "triton", "timm", "onnx", "onnxruntime", "openvino", "flash-attn", "xformers", "transformers")
 
 
+def source():
+    """A hash of what is measured: vitriton's own files but those of bench/."""
+    vit = Path(__file__).parents[1]
+    files = sorted([*(vit.parent / "kernels").glob("*.py"), *vit.glob("*.py"), *vit.glob("integrations/*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def environment(device):
     """What a reader must know to judge the figures: hardware, threads and versions."""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "source": source(),
         "device": describe(device),
         "cpu": describe(torch.device("cpu")),
         "cores": os.cpu_count(),

@@ -50,7 +50,7 @@ def bench(args):
     console.say("TFLOP/s and GB/s: by the plain formula's operations, and every tensor read or written once")
 
     roof = None
-    if folder is not None and any(record["kind"] == "function" for record in records):
+    if (folder is not None or args.json) and any(record["kind"] == "function" for record in records):
         roof = ceilings(device, sorted({record["dtype"] for record in records}))
     pictures = charts.draw_all(folder, records, machine, roof) if folder is not None else []
     if pictures:
