@@ -34,7 +34,9 @@ ALLOWED = {
     "attention_fwd": ((32, 256), (16, 128), (0, 0), (2, 16), (1, 4)),
     "attention_bwd": ((64, 64), (64, 64), (0, 0), (4, 4), (1, 4)),
     "attention_bwd_dq": _BACKWARD,
+    "attention_bwd_dq_unaligned": _BACKWARD,
     "attention_bwd_dkdv": _BACKWARD,
+    "attention_bwd_dkdv_unaligned": _BACKWARD,
     "prenorm": _PRODUCT,
     "prenorm_unaligned": _PRODUCT,
 }

@@ -171,6 +171,8 @@ def test_64_bit_arithmetic_is_for_addresses_only(survey):
     """No tensor of the table has 2³¹ elements: offsets within a tile are int32, and no product in a loop is 64-bit."""
     wide = [record.name for record in survey.records if "64" in record.config.get("OFFSET", "int32")]
     assert wide == []
+    if EXCEPTIONS["triton"] != TRITON:  # how many instructions move the pointers on is the version's
+        pytest.skip(f"what moves pointers on is counted with Triton {EXCEPTIONS['triton']}, this is {TRITON}")
     surplus = {record.name: n for record in survey.records if (n := surplus_of_64_bit_arithmetic(record)) > 0}
     assert surplus == {}
 

@@ -385,7 +385,7 @@ def test_doctor(capsys):
     streams = capsys.readouterr()
     found = json.loads(streams.out)
     assert found["ok"] and found["broken"] == [] and "OK: nothing is broken" in streams.err
-    assert found["versions"]["torch"] and set(found["extras"]) == {"demo", "test", "integrations", "dev"}
+    assert found["versions"]["torch"] and set(found["extras"]) == {"demo", "bench", "test", "integrations", "dev"}
     assert "scikit-learn" in found["extras"]["demo"]
     assert found["cpu"]["gflops"]["float32"] > 0 and found["cpu"]["threads"] == torch.get_num_threads()
     on_cpu = [answer for answer in found["implementations"] if answer["device"] == "cpu"]

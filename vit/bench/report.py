@@ -25,10 +25,16 @@ LEAST = 0.02  # a change below this part of the time is never called one
 PACKAGES = ("torch", "triton", "timm", "onnx", "onnxruntime", "openvino", "flash-attn", "xformers", "transformers")
 
 
-def source():
-    """A hash of what is measured: vitriton's own files but those of bench/."""
+ON_A_GPU = ("attention*", "prenorm*", "gelu", "tiles", "configs", "tun*", "aot", "survey", "counts", "sass", "targets")
+
+
+def source(device="cpu"):
+    """A hash of what is measured: vitriton's own files but those of bench/, on a CPU those but the GPU's."""
     vit = Path(__file__).parents[1]
-    files = sorted([*(vit.parent / "kernels").glob("*.py"), *vit.glob("*.py"), *vit.glob("integrations/*.py")])
+    files = {*(vit.parent / "kernels").glob("*.py"), *vit.glob("*.py"), *vit.glob("integrations/*.py")}
+    if torch.device(device).type == "cpu":
+        files -= {file for name in ON_A_GPU for file in (vit.parent / "kernels").glob(f"{name}.py")}
+    files = sorted(files)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -36,7 +42,7 @@ def environment(device):
     """What a reader must know to judge the figures: hardware, threads and versions."""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "source": source(),
+        "source": source(device),
         "device": describe(device),
         "cpu": describe(torch.device("cpu")),
         "cores": os.cpu_count(),
