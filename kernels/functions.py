@@ -9,11 +9,11 @@ import torch
 
 from . import ops
 from .backend import chosen_backend
-from .ops import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_HEADS = 65535  # of a grid's third dim
 
 

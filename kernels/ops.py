@@ -22,7 +22,6 @@ if triton is not None:
     from .prenorm import layer_norm_linear_forward as triton_layer_norm_linear_forward
     from .prenorm_backward import layer_norm_linear_backward as triton_layer_norm_linear_backward
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 DIRECT = (torch.float32, torch.bfloat16)  # see `direct`
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,14 +455,6 @@ def direct_layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activ
     ):  # fmt: skip
         return None
     return native.layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation)
-
-
-def direct_qkv_attention(qkv, heads, scale):
-    """qkv_attention of a qkv that is `direct` and contiguous; None where its arguments need a check."""
-    width = qkv.shape[-1]
-    if qkv.dim() != 3 or width % (3 * heads) or not MIN_HEAD_DIM <= width // (3 * heads) <= MAX_HEAD_DIM:
-        return None
-    return native.qkv_attention_inference(qkv, heads, scale)
 
 
 class _Linear(torch.autograd.Function):
