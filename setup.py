@@ -37,7 +37,7 @@ setup(
         "integrations": INTEGRATIONS,
         "dev": DEMO + TEST + INTEGRATIONS + ["ruff"],
     },
-    entry_points={"console_scripts": ["vitriton = vitriton.vit.cli:main"]},
+    entry_points={"console_scripts": ["vitriton = vitriton.vit.cli:command"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

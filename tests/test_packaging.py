@@ -201,6 +201,6 @@ def test_installed_metadata(setup_arguments):
     installed = metadata.distribution("vitriton")
     assert installed.version == setup_arguments["version"]
     (command,) = (entry for entry in installed.entry_points if entry.name == "vitriton")
-    assert command.group == "console_scripts" and command.value == "vitriton.vit.cli:main"
+    assert command.group == "console_scripts" and command.value == "vitriton.vit.cli:command"
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "## Unreleased" in changes or f"## {installed.version}" in changes

@@ -330,8 +330,6 @@ def test_training_goes_on_while_the_disk_is_full(pictures, tmp_path, capsys, mon
 # Many processes
 
 
-# slow: now and then a process of gloo's aborts (SIGABRT), cause unknown; test_distributed.py always runs both
-@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(parallel, pictures, tmp_path, capsys):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):

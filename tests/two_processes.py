@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate, distribute_module, distribute_te
 from torch.nn.parallel import DistributedDataParallel
 from vitriton.kernels import use_backend
 from vitriton.vit import ViT, fuse, unfuse
+from vitriton.vit.parallel import leave
 
 STEPS, BATCH = 4, 16
 
@@ -131,3 +132,4 @@ def main(path):
 if __name__ == "__main__":
     with use_backend("native"):
         main(sys.argv[1])
+    leave(0)

@@ -1,29 +1,34 @@
 """The `vitriton` command: the arguments of each subcommand, and what its exit codes mean.
 
-To add a subcommand, write a function like `add_demo` here, put it in SUBCOMMANDS, and import the module that does the
-work inside the function that runs it. That module takes the parsed arguments and returns an exit code.
+To add a subcommand, write a function like `add_demo` here, and put it in SUBCOMMANDS. Its `run` names the module that
+does the work, which is imported only then, and the function in it that takes the parsed arguments and returns an exit
+code.
 """
 
 import argparse
+import importlib
 import os
 import sys
 
+from .arguments import (
+    add_subcommand,
+    at_least_0,
+    device,
+    model_name,
+    not_negative,
+    positive,
+    share,
+    share_or_folder,
+)
 from .console import Problem, version
-
-EXIT_CODES = """\
-exit codes:
-  0    {zero}
-  1    {one}
-  2    it could not be done: a bad argument, a missing package, a file that cannot be written
-  130  stopped with Ctrl-C
-"""
 
 
 def main(argv=None):
     """Run `vitriton` with the arguments `argv` (those of the process by default) and return the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        code = args.run(args)
+        module, _, function = args.run.partition(":")
+        code = getattr(importlib.import_module(f".{module}", __package__), function)(args)
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return code
     except Problem as problem:
@@ -35,6 +40,14 @@ def main(argv=None):
     except BrokenPipeError:  # `vitriton check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 141
+
+
+def command():
+    """What a shell starts: main, and the end of the process."""
+    code = main()
+    from .parallel import leave
+
+    leave(code)
 
 
 def build_parser():
@@ -52,7 +65,7 @@ def build_parser():
 
 
 def add_demo(subparsers):
-    parser = _add(
+    parser = add_subcommand(
         subparsers,
         "demo",
         summary="train a small ViT on real images, fuse it, and compare: answers, time, memory",
@@ -72,7 +85,7 @@ examples:
   vitriton demo --out a.png --json a.json the picture and all numbers in files of your choice""",
         zero="the model reached 97%, and the fused model agrees with the plain one everywhere",
         one="it did not (the text says which)",
-        run=_run_demo,
+        run="demo:demo",
     )
     parser.add_argument(
         "--out",
@@ -80,16 +93,12 @@ examples:
         default="vitriton-demo.png",
         help="the picture; its ending chooses the format, such as png, svg or pdf (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, xpu; auto takes a GPU if there is one (default: %(default)s)",
-    )
+    device(parser)
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts of images (default: 0)")
-    parser.add_argument("--epochs", type=_positive(int), metavar="N", help="how often training sees each image")
+    parser.add_argument("--epochs", type=positive(int), metavar="N", help="how often training sees each image")
     parser.add_argument(
         "--seconds",
-        type=_positive(float),
+        type=positive(float),
         metavar="S",
         help="end training after S seconds, if that is sooner; the learning rate follows the clock",
     )
@@ -99,7 +108,7 @@ examples:
 
 
 def add_train(subparsers):
-    parser = _add(
+    parser = add_subcommand(
         subparsers,
         "train",
         summary="train a ViT on your own pictures, fused by default, on one device or many",
@@ -125,9 +134,9 @@ examples:
   torchrun --nproc_per_node 2 -m vitriton.vit.cli train photos --parallel fsdp""",
         zero="trained, and all was saved",
         one="trained, and the end could not be saved",
-        run=_run_train,
+        run="train:train",
     )
-    count, size = _positive(int), {"type": _positive(int), "metavar": "N"}
+    count, size = positive(int), {"type": positive(int), "metavar": "N"}
     parser.add_argument("data", metavar="DATA", help="a folder of class folders, or digits")
     parser.add_argument("--out", default="vitriton-train", metavar="DIR", help="the folder to write to (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
@@ -135,7 +144,7 @@ examples:
     model.add_argument(
         "--model",
         metavar="NAME",
-        type=_model_name,
+        type=model_name,
         help="tiny (the demo's; for digits the default), ti (default), s, b, l, h, or a model of timm's: timm:NAME",
     )
     model.add_argument("--plain", dest="fused", action="store_false", help="do not fuse it, for comparison")
@@ -143,26 +152,26 @@ examples:
     model.add_argument("--patch-size", **size, help="pixels (default: the model's)")
     for name in ("dim", "depth", "heads"):
         model.add_argument(f"--{name}", **size, help="(default: the model's)")
-    model.add_argument("--dropout", type=_share, default=0.0, metavar="P", help="in the blocks (default: %(default)s)")
+    model.add_argument("--dropout", type=share, default=0.0, metavar="P", help="in the blocks (default: %(default)s)")
     how = parser.add_argument_group("training")
     how.add_argument("--epochs", type=count, default=40, metavar="N", help="(default: %(default)s)")
     how.add_argument("--batch", type=count, default=64, metavar="N", help="pictures in a step (default: %(default)s)")
     how.add_argument("--accumulate", type=count, default=1, metavar="N", help="of N parts each (default: %(default)s)")
     how.add_argument(
         "--lr",
-        type=_positive(float),
+        type=positive(float),
         default=1e-3,
         metavar="X",
         help="the highest rate (default: %(default)s)",
     )
-    how.add_argument("--warm-up", type=_share, default=0.1, metavar="X", help="of all steps (default: %(default)s)")
-    how.add_argument("--weight-decay", type=_not_negative, default=0.05, metavar="X", help="(default: %(default)s)")
-    how.add_argument("--label-smoothing", type=_share, default=0.1, metavar="X", help="(default: %(default)s)")
+    how.add_argument("--warm-up", type=share, default=0.1, metavar="X", help="of all steps (default: %(default)s)")
+    how.add_argument("--weight-decay", type=not_negative, default=0.05, metavar="X", help="(default: %(default)s)")
+    how.add_argument("--label-smoothing", type=share, default=0.1, metavar="X", help="(default: %(default)s)")
     how.add_argument("--no-augment", dest="augment", action="store_false", help="show every picture as it is")
     how.add_argument("--no-flip", dest="flip", action="store_false", help="make no mirror images (of text, say)")
     how.add_argument(
         "--held-out",
-        type=_share_or_folder,
+        type=share_or_folder,
         default=0.2,
         metavar="X",
         help="share of each class that is held out, or a folder with other pictures of the same classes (%(default)s)",
@@ -172,12 +181,12 @@ examples:
     how.add_argument("--save-every", **size, help="steps between checkpoints, besides one after each epoch")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or xpu (default: %(default)s)")
-    where.add_argument("--workers", type=_at_least_0, metavar="N", help="that read pictures (default: up to 4)")
+    where.add_argument("--workers", type=at_least_0, metavar="N", help="that read pictures (default: up to 4)")
     where.add_argument("--parallel", choices=("ddp", "fsdp"), help="under torchrun (default: ddp)")
 
 
 def add_check(subparsers):
-    parser = _add(
+    parser = add_subcommand(
         subparsers,
         "check",
         summary="prove every function and module right on this machine",
@@ -209,7 +218,7 @@ examples:
   vitriton check --model timm:vit_small_patch16_224""",
         zero="everything that ran is right",
         one="something is wrong: its line starts with FAIL",
-        run=_run_check,
+        run="check:check",
     )
     parser.add_argument(
         "--only",
@@ -222,7 +231,7 @@ examples:
 
 
 def add_doctor(subparsers):
-    _add(
+    add_subcommand(
         subparsers,
         "doctor",
         summary="what is installed, what runs where and why, and what is in the way",
@@ -236,12 +245,12 @@ examples:
   vitriton doctor --json                  the same as JSON""",
         zero="nothing is broken (missing extras are not)",
         one="something is broken: a line that starts with BROKEN says what and what to do",
-        run=_run_doctor,
+        run="doctor:doctor",
     )
 
 
 def add_compile(subparsers):
-    parser = _add(
+    parser = add_subcommand(
         subparsers,
         "compile",
         summary="compile every kernel for every chip, and count its machine code; needs no GPU",
@@ -257,7 +266,7 @@ examples:
   vitriton compile --arch sm_80 --kernel attention_fwd --head-dim 64 --dump code""",
         zero="everything compiles, and fits into its chip",
         one="something does not: it stands first in the table, or on a line that starts with FAIL",
-        run=_run_compile,
+        run="compile:compile_kernels",
     )
     for option, kind, what in (
         ("--arch", str, "a chip: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942, gfx1100"),
@@ -269,12 +278,12 @@ examples:
     parser.add_argument("--full", action="store_true", help="every variant for every dtype, not for bf16 alone")
     parser.add_argument("--dump", metavar="DIR", help="write assembly, machine code and binaries to DIR")
     parser.add_argument("--accept", metavar="FILE", help="write the costs into FILE, such as tests/budget.json")
-    parser.add_argument("--jobs", type=_positive(int), default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--rows", type=_at_least_0, default=40, help="of the table; 0 shows all (default: %(default)s)")
+    parser.add_argument("--jobs", type=positive(int), default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--rows", type=at_least_0, default=40, help="of the table; 0 shows all (default: %(default)s)")
 
 
 def add_look(subparsers):
-    parser = _add(
+    parser = add_subcommand(
         subparsers,
         "look",
         summary="where a model looks: its attention as a picture over a photograph",
@@ -303,7 +312,7 @@ examples:
   vitriton look photo.jpg --model b --checkpoint mine.pt --json maps.json""",
         zero="the picture is written",
         one="never: what is not written could not be done",
-        run=_run_look,
+        run="look_command:look_at",
     )
     parser.add_argument(
         "photo",
@@ -326,7 +335,7 @@ examples:
     )
     parser.add_argument(
         "--discard-ratio",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="R",
         help="the share of each layer's weights, the smallest, that a rollout leaves out (default: 0)",
@@ -339,16 +348,12 @@ examples:
         default="vitriton-look.png",
         help="the picture; its ending chooses the format, such as png, svg or pdf (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, xpu; auto takes a GPU if there is one (default: %(default)s)",
-    )
+    device(parser)
     parser.add_argument("--seed", type=int, default=0, help="of random weights and of the demo's training (default: 0)")
 
 
 def add_bench(subparsers):
-    parser = _add(
+    parser = add_subcommand(
         subparsers,
         "bench",
         summary="speed and memory of whole ViTs and of single functions, beside other implementations",
@@ -370,7 +375,7 @@ examples:
   vitriton bench --model b --json now.json --compare all,old.json      what became slower than the noise""",
         zero="everything was measured, and vitriton's answers are right",
         one="an answer of vitriton's is wrong, or it became slower than in the run given to --compare",
-        run=_run_bench,
+        run="bench.run:bench",
     )
     parser.add_argument("--model", metavar="LIST", help="sizes: ti, s, b, l, h, so400m, g, as in vit_b16 or vit_h14")
     parser.add_argument(
@@ -382,7 +387,7 @@ examples:
     parser.add_argument("--batch", metavar="LIST", help="images at a time (default: 1, on a GPU 64)")
     parser.add_argument("--tokens", metavar="LIST", help="for functions (default: 50,197,257,577,1025)")
     parser.add_argument(
-        "--image-size", type=_positive(int), default=224, metavar="PX", help="of models (default: %(default)s)"
+        "--image-size", type=positive(int), default=224, metavar="PX", help="of models (default: %(default)s)"
     )
     parser.add_argument("--dtype", metavar="LIST", help="fp32, bf16, fp16 (default: fp32,bf16, on a GPU bf16)")
     parser.add_argument(
@@ -398,11 +403,9 @@ examples:
         "timm:NAME, of functions also flexattention, flash-attn, xformers; or all (default). A file of --json: "
         "say what became slower than in that run",
     )
+    device(parser)
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, xpu; auto takes a GPU if there is one (default: auto)"
-    )
-    parser.add_argument(
-        "--seconds", type=_positive(float), default=2.0, metavar="S", help="of calls for each rival (default: 2)"
+        "--seconds", type=positive(float), default=2.0, metavar="S", help="of calls for each rival (default: 2)"
     )
     parser.add_argument("--csv", metavar="FILE", help="write a line for each rival to FILE")
     parser.add_argument(
@@ -416,7 +419,7 @@ examples:
 
 
 def add_tune(subparsers):
-    parser = _add(
+    parser = add_subcommand(
         subparsers,
         "tune",
         summary="on a GPU: find the fastest tiles of each kernel for your shapes, and keep them",
@@ -433,14 +436,14 @@ examples:
   vitriton tune --tokens 577 --dtype fp16 --dry-run        show what it would gain, keep nothing""",
         zero="done; every tile that ran answers rightly",
         one="some tiles answer wrongly: they are named, were not timed, and are not kept",
-        run=_run_tune,
+        run="tune:tune",
     )
     parser.add_argument("--model", metavar="LIST", default="b", help="sizes: ti, s, b, l, h, so400m, g (default: b)")
     parser.add_argument("--batch", metavar="LIST", default="64", help="images at a time (default: 64)")
     parser.add_argument("--tokens", metavar="LIST", default="197", help="of an image, with CLS (default: 197)")
     parser.add_argument("--dtype", metavar="LIST", default="bf16", help="bf16, fp16, fp32 (default: bf16)")
     parser.add_argument("--step", choices=("forward", "train"), default="forward", help="train: the backward pass too")
-    parser.add_argument("--most", type=_positive(int), default=40, metavar="N", help="tiles to try for a kernel (40)")
+    parser.add_argument("--most", type=positive(int), default=40, metavar="N", help="tiles to try for a kernel (40)")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, xpu (default: the GPU)")
     parser.add_argument("--dry-run", action="store_true", help="keep nothing")
 
@@ -448,117 +451,5 @@ examples:
 SUBCOMMANDS = (add_demo, add_train, add_look, add_check, add_doctor, add_bench, add_tune, add_compile)
 
 
-def _run_look(args):
-    from .look_command import look_at
-
-    return look_at(args)
-
-
-def _run_demo(args):
-    from .demo import demo
-
-    return demo(args)
-
-
-def _run_train(args):
-    from .train import train
-
-    return train(args)
-
-
-def _run_check(args):
-    from .check import check
-
-    return check(args)
-
-
-def _run_doctor(args):
-    from .doctor import doctor
-
-    return doctor(args)
-
-
-def _run_bench(args):
-    from .bench.run import bench
-
-    return bench(args)
-
-
-def _run_tune(args):
-    from .tune import tune
-
-    return tune(args)
-
-
-def _run_compile(args):
-    from .compile import compile_kernels
-
-    return compile_kernels(args)
-
-
-def _add(subparsers, name, *, summary, description, examples, zero, one, run):
-    parser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=examples + "\n\n" + EXIT_CODES.format(zero=zero, one=one),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        nargs="?",
-        const="-",
-        help="write the results to FILE as JSON; without FILE to stdout, and the text to stderr",
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _at_least_0(text):
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return value
-
-
-def _not_negative(text):
-    if not (value := float(text)) >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return value
-
-
-def _share(text):
-    if not 0 <= (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1, or is 1")
-    return value
-
-
-def _share_or_folder(text):
-    try:
-        value = float(text)
-    except ValueError:
-        return text
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _model_name(text):
-    if not text.startswith("timm:") and text not in ("tiny", "ti", "s", "b", "l", "h"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of tiny, ti, s, b, l, h and timm:NAME")
-    return text
-
-
-def _positive(kind):
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it when kind(text) raises ValueError
-    return parse
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

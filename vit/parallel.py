@@ -1,6 +1,8 @@
 """The processes that share a training: one, or as many as torchrun started, with DistributedDataParallel or FSDP2."""
 
 import os
+import sys
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -10,9 +12,10 @@ from .console import Problem
 from .measure import pick_device
 from .reference import PreNorm
 
-__all__ = ["Processes", "processes"]
+__all__ = ["Processes", "leave", "processes"]
 
 MODES = ("ddp", "fsdp")
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # in the environment of the processes that it starts
 
 
 class Processes:
@@ -29,6 +32,8 @@ class Processes:
         if self.mode == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
+            # of the blocks' last Linear, fused or not, which nobody changes in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             mesh = torch.distributed.init_device_mesh(self.device.type, (self.count,))
             for block in blocks(model):
                 fully_shard(block, mesh=mesh)
@@ -78,7 +83,7 @@ def blocks(model):
 def processes(mode, device):
     """Join the processes that torchrun started, if it did. `mode` is None ("ddp" under torchrun) or one of MODES;
     `device` as in pick_device, and each process of a machine takes a GPU of its own. Raises Problem."""
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+    if not os.environ.keys() >= TORCHRUN:
         if mode is not None:
             raise Problem(
                 f"--parallel {mode} is for several processes, and torchrun has not started this one: "
@@ -101,3 +106,14 @@ def processes(mode, device):
         yield Processes(found, mode or "ddp", rank, count)
     finally:
         dist.destroy_process_group()
+
+
+def leave(code):
+    """End this process with an exit code. One that torchrun started ends without finalizing Python: a thread of gloo's
+    may still be letting go of the last tensors, and one that asks for the GIL of an interpreter that is being finalized
+    is ended by C++ with SIGABRT, now and then."""
+    if os.environ.keys() >= TORCHRUN:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
