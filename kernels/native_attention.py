@@ -1,8 +1,9 @@
-"""Attention on a CPU, and on any device that has no Triton: PyTorch's fused operator, or products of matrices.
+"""Attention on a CPU, and on any device that has no Triton: compiled here, or by PyTorch's operators.
 
-The fused operator makes no map of queries and keys, and is twice as slow in bf16 as products of matrices, which oneDNN
-computes; in fp32 oneDNN's products, which PyTorch gives as a convolution only, are faster too, up to some hundred
-tokens. They are made for so many images, or rows of one image, at a time that their maps stay in cache:
+Where a compiler is at hand, the forward pass is that of cpu_attention.cpp (compiled.py), in fp32 twice as fast as the
+others. PyTorch's fused operator makes no map of queries and keys, and is twice as slow in bf16 as products of matrices,
+which oneDNN computes; in fp32 oneDNN's products, which PyTorch gives as a convolution only, are faster too, up to some
+hundred tokens. They are made for so many images, or rows of one image, at a time that their maps stay in cache:
 
     m = max s,   p = 2^(s - m),   out = (p v) / (Σ p),   lse = ln 2 (m + log2 Σ p),   where s = log2(e) scale q kᵀ
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import compiled
 from .choice import fastest, from_environment, in_words, once, sample
 from .launch import accumulator
 from .packed import HAS_ONEDNN, MARGIN, why_not_onednn
@@ -20,7 +22,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 VARIABLE = "VITRITON_CPU_ATTENTION"
-forced = from_environment(VARIABLE, ("auto", "flash", "products"))
+forced = from_environment(VARIABLE, ("auto", "flash", "products", "compiled"))
 
 # Where products are used: the number of keys, in bf16 and in fp32, in which the error grows with it, and of pairs
 LEAST_KEYS_BF16 = 48
@@ -47,6 +49,8 @@ def attention_forward(q, k, v, scale, *, with_lse=True):
         out, lse = torch.matmul(scores.softmax(-1), v), scores.to(accumulator(q.dtype)).logsumexp(-1)
         return _heads_inside(out), lse.contiguous()
     how = form(q, k)
+    if how == "compiled":
+        return compiled.attention_forward(*_rows_contiguous(q, k, v), scale, with_lse)
     if how == "flash":
         out, lse = _flash(*_rows_contiguous(q, k, v), scale=scale)
         return _heads_inside(out), lse.contiguous()
@@ -54,7 +58,12 @@ def attention_forward(q, k, v, scale, *, with_lse=True):
 
 
 def form(q, k):
-    """How attention of q (B,H,Nq,D) and k (B,H,Nk,D) is computed on a CPU: "flash", or one of FORMS."""
+    """How attention of q (B,H,Nq,D) and k (B,H,Nk,D) is computed on a CPU: "compiled", or as `form_of_pytorch` says."""
+    return "compiled" if choice(q.dtype).compiled and q.numel() and k.numel() else form_of_pytorch(q, k)
+
+
+def form_of_pytorch(q, k):
+    """The form by PyTorch's operators: "flash", or one of FORMS."""
     (b, h, n, _), keys = q.shape, k.shape[2]
     if q.dtype == torch.bfloat16 and keys >= LEAST_KEYS_BF16 and choice(q.dtype).products:
         return "softmax" if h * n * keys <= SMALL_MAP else "products"
@@ -65,8 +74,9 @@ def form(q, k):
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether attention is computed by products of matrices, where their number allows it, and why."""
+    """Whether the forward pass is compiled; else, and backward, by products where their number allows it; why."""
 
+    compiled: bool
     products: bool
     why: str
 
@@ -78,29 +88,36 @@ def choice(dtype):
 
 @once
 def _choice(dtype, threads, forced):
-    why_not = why_not_onednn(dtype)
-    if dtype == torch.float16:
-        why_not = "fp16 may overflow in products of matrices"
-    if why_not is not None:
-        if forced == "products" and not HAS_ONEDNN:
-            raise RuntimeError(f"{VARIABLE} is 'products', which cannot run: {why_not}")
-        return Choice(False, why_not)
-    if forced != "auto":
-        return Choice(forced == "products", f"{VARIABLE} is {forced!r}")
+    no_products = "fp16 may overflow in products of matrices" if dtype == torch.float16 else why_not_onednn(dtype)
+    not_compiled = compiled.why_not(dtype) if forced in ("auto", "compiled") else f"{VARIABLE} is {forced!r}"
+    if forced == "products" and no_products and not HAS_ONEDNN:
+        raise RuntimeError(f"{VARIABLE} is 'products', which cannot run: {no_products}")
+    if forced == "compiled" and not_compiled and dtype in compiled.DTYPES:
+        raise RuntimeError(f"{VARIABLE} is 'compiled', which cannot run: {not_compiled}")
+    if forced == "flash" or (no_products and not_compiled):
+        return Choice(False, False, no_products or not_compiled)
+    if forced == "products" or (forced == "compiled" and not not_compiled):
+        return Choice(forced == "compiled", no_products is None, f"{VARIABLE} is {forced!r}")
     q = sample(1, 12, 197, 64).to(dtype)
-    compute = _by_softmax if dtype == torch.bfloat16 else _by_convolutions
-    seconds = fastest(
-        turns=9, flash=lambda: _flash(q, q, q), products=lambda: _in_parts(compute, q, q, q, 0.125, False)
-    )
-    products = seconds["flash"] >= MARGIN * seconds["products"]
-    which = "it is as fast or faster here" if products else "it is faster here"
-    return Choice(products, f"{which} (1 x 12 x 197 x 64: {in_words(seconds)})")
+    ways = {"flash": lambda: _flash(q, q, q)}
+    if not no_products:
+        compute = _by_softmax if dtype == torch.bfloat16 else _by_convolutions
+        ways["products"] = lambda: _in_parts(compute, q, q, q, 0.125, False)
+    if not not_compiled:
+        ways["compiled"] = lambda: compiled.attention_forward(q, q, q, 0.125, False)
+    seconds = fastest(turns=9, **ways)
+    products = not no_products and seconds["flash"] >= MARGIN * seconds["products"]
+    is_compiled = not not_compiled and min(seconds.values()) >= MARGIN * seconds["compiled"]
+    which = "it is as fast or faster here" if is_compiled or products else "it is faster here"
+    said = f"{which} (1 x 12 x 197 x 64: {in_words(seconds)})"
+    return Choice(is_compiled, products, f"{said}; not compiled: {not_compiled}" if not_compiled else said)
 
 
 def in_words_for(dtype):
     """How attention is computed in a dtype, and why."""
     chosen = choice(dtype)
     how = "products of matrices, where tokens are not few," if chosen.products else "PyTorch's fused operator"
+    how = "a kernel compiled here" if chosen.compiled else how
     return f"attention by {how}: {chosen.why}".replace(",:", ":")
 
 
@@ -221,7 +238,7 @@ def _heads_product(x, weight, groups):
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
     images = images_by_products(q, q.shape[1] * q.shape[2] * k.shape[2])
-    if not images and form(q, k) == "convolutions" and max(q.shape[2], k.shape[2]) <= MOST_SUMMED:
+    if not images and form_of_pytorch(q, k) == "convolutions" and max(q.shape[2], k.shape[2]) <= MOST_SUMMED:
         images = max(1, PAIRS // (q.shape[1] * q.shape[2] * k.shape[2]))
         for tensors in zip(*(t.split(images) for t in (grad, q, k, v, out, lse, dq, dk, dv)), strict=True):
             _backward_by_convolutions(*tensors, scale)

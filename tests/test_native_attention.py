@@ -4,7 +4,16 @@ import pytest
 import torch
 from parity import BF16, F16, F32, F64, assert_parity, attention_inputs, copies, randn, run
 from torch.profiler import ProfilerActivity, profile
-from vitriton.kernels import attention, explain, native_attention, packed, qkv_attention, reference, use_backend
+from vitriton.kernels import (
+    attention,
+    compiled,
+    explain,
+    native_attention,
+    packed,
+    qkv_attention,
+    reference,
+    use_backend,
+)
 
 pytestmark = pytest.mark.usefixtures("unguarded")
 
@@ -142,15 +151,21 @@ def test_memory_grows_linearly_in_tokens(dtype):
 
 def test_the_choice_is_measured_and_told(monkeypatch):
     monkeypatch.setattr(native_attention, "forced", "auto")
-    for faster in ("flash", "products"):
+    monkeypatch.setattr(compiled, "why_not", lambda dtype: None)
+    forms = {
+        "flash": ("flash", "PyTorch's fused operator"),
+        "products": ("convolutions", "products"),
+        "compiled": ("compiled", "a kernel compiled here"),
+    }
+    for faster, (form, words) in forms.items():
         native_attention._choice.cache_clear()
         monkeypatch.setattr(
-            native_attention, "fastest", lambda faster=faster, **calls: {"flash": 1.0, "products": 1.0} | {faster: 0.5}
+            native_attention, "fastest", lambda faster=faster, **calls: dict.fromkeys(forms, 1.0) | {faster: 0.5}
         )
         q = randn(1, 3, 300, 64)
-        assert native_attention.form(q, q) == ("flash" if faster == "flash" else "convolutions")
+        assert native_attention.form(q, q) == form
         said = explain(q)
-        assert "attention by " + ("PyTorch's fused operator" if faster == "flash" else "products") in said
+        assert f"attention by {words}" in said
         assert f"{faster} 500000 us" in said and "Linear" in said
     native_attention._choice.cache_clear()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import native_attention, packed
+from ..kernels import compiled, native_attention, packed
 from .console import Problem, require
 from .reference import ViT, vit_preset
 
@@ -180,14 +180,18 @@ def ways(model, dtype):
     """Which of the ways that come to the same, but for rounding, are the fastest on this CPU, or were chosen."""
     dtype = dtype or torch.float32
     n, k = max((m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)), key=math.prod)
-    attention = "products" if native_attention.choice(dtype).products else "flash"
+    chosen = native_attention.choice(dtype)
+    attention = "compiled" if chosen.compiled else "products" if chosen.products else "flash"
     return {packed.VARIABLE: packed.choice(dtype, 192, n, k).linear, native_attention.VARIABLE: attention}
 
 
 def same_ways(found, before):
     """The ways of the training that goes on, where none was chosen: measured again, others might be the fastest."""
     auto = {module.VARIABLE for module in (packed, native_attention) if module.forced == "auto" and packed.HAS_ONEDNN}
-    return {name: before.get(name, way) if name in auto else way for name, way in found.items()}
+    ways = {name: before.get(name, way) if name in auto else way for name, way in found.items()}
+    if ways[native_attention.VARIABLE] == "compiled" and compiled.why_not(torch.float32):
+        ways[native_attention.VARIABLE] = found[native_attention.VARIABLE]
+    return ways
 
 
 @contextmanager

@@ -1,0 +1,225 @@
+"""Attention compiled on this machine: values, lse, bits, memory; and what is done and said where it cannot be compiled."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from parity import BF16, F16, F32, F64, assert_parity, attention_inputs, copies, randn, run
+from test_native_attention import peak
+from vitriton.kernels import attention, compiled, explain, native_attention, qkv_attention, reference, use_backend
+from vitriton.vit.checkpoint import same_ways
+
+pytestmark = pytest.mark.usefixtures("unguarded")
+
+# b, h, nq, nk, d: head dims that fill no vector, queries and keys that fill no tile, one of each, more keys than a sum has
+CASES = [
+    (2, 3, 197, 197, 64),
+    (1, 1, 1, 1, 8),
+    (3, 2, 1, 5, 40),
+    (1, 2, 6, 1, 16),
+    (2, 5, 17, 17, 59),
+    (1, 2, 50, 257, 72),
+    (1, 2, 65, 63, 80),
+    (2, 1, 197, 50, 88),
+    (1, 2, 129, 700, 111),
+    (1, 1, 33, 64, 256),
+]
+
+
+@pytest.fixture(autouse=True)
+def use_compiled(request, monkeypatch):
+    if "fresh" in request.fixturenames:
+        yield
+        return
+    if why_not := compiled.why_not(F32):
+        pytest.skip(f"attention cannot be compiled here: {why_not}")
+    monkeypatch.setattr(native_attention, "forced", "compiled")
+    with use_backend("native"):
+        yield
+
+
+def inputs_of(case, dtype, scale=1.0):
+    return {name: (t.detach() * scale).to(dtype) for name, t in attention_inputs(*case, dtype=F32).items()}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case, dtype):
+    inputs = attention_inputs(*case, dtype=dtype)
+    assert native_attention.form(inputs["q"], inputs["k"]) == "compiled"
+    assert_parity(attention, inputs)
+    assert_parity(attention, inputs, scale=-0.2)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 3e4])
+def test_scales(dtype, scale):
+    """Equal weights; nearly so; and one key with all the weight, the others' powers being 0."""
+    assert_parity(attention, inputs_of((1, 2, 70, 90, 24), dtype), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_log_sum_of_exponentials(case, dtype):
+    q, k, v = inputs_of(case, dtype).values()
+    _, lse = native_attention.attention_forward(q, k, v, 0.2)
+    gold = (q.double() @ k.double().transpose(2, 3) * 0.2).logsumexp(3)
+    torch.testing.assert_close(lse.double(), gold, rtol=3e-7, atol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_same_bits(case, dtype):
+    """In any layout, in any number of threads, with lse and without, one image alone and among others."""
+    q, k, v = inputs_of(case, dtype).values()
+    out, lse = native_attention.attention_forward(q, k, v, 0.2)
+    assert out.transpose(1, 2).is_contiguous()
+    for a, b, c in (
+        [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)],
+        [torch.stack([t, t], 4)[..., 0] for t in (q, k, v)],
+        [torch.nn.functional.pad(t, (1, 2))[..., 1:-2] for t in (q, k, v)],
+    ):
+        again, lse_again = native_attention.attention_forward(a, b, c, 0.2)
+        assert torch.equal(again, out) and torch.equal(lse_again, lse)
+    threads = torch.get_num_threads()
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        try:
+            again, nothing = native_attention.attention_forward(q[:1], k[:1], v[:1], 0.2, with_lse=False)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(again, out[:1]) and nothing is None
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_value_stays_in_its_rows(dtype, bad):
+    clean = inputs_of((2, 2, 70, 90, 24), dtype)
+    out = attention(*clean.values())
+    inputs = copies(clean)
+    inputs["q"][0, 1, 17, 3] = bad
+    rows = torch.zeros(out.shape[:3], dtype=torch.bool)
+    rows[0, 1, 17] = True
+    result = attention(*inputs.values())
+    assert result[rows].isnan().all() and torch.equal(result[~rows], out[~rows])
+    inputs = copies(clean)
+    inputs["v"][1, 0, 89, 5] = bad
+    result, gold = attention(*inputs.values()), reference.attention(*copies(inputs, F64).values())
+    assert torch.equal(result.isfinite(), gold.isfinite()) and not result[1, 0, :, 5].isfinite().any()
+
+
+def test_a_nan_of_any_payload_is_one():
+    q, k, v = inputs_of((1, 1, 3, 5, 8), F32).values()
+    for bits in (0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1):
+        k[0, 0, 4, 2] = torch.tensor([bits], dtype=torch.int32).view(F32)[0]
+        assert attention(q, k, v).isnan().all()
+
+
+def test_rounding_to_bf16_is_to_the_nearest_even():
+    v = torch.tensor([1.0, 1.0078125, 3.3895314e38, -0.0], dtype=F32).to(BF16).view(1, 1, 4, 1).repeat(1, 1, 1, 8)
+    q = torch.zeros(1, 1, 1, 8, dtype=BF16)
+    for keys in (slice(0, 2), slice(2, 3), slice(3, 4)):  # the mean of the first two is a tie
+        out = attention(q, q.expand(1, 1, keys.stop - keys.start, 8), v[:, :, keys])
+        assert torch.equal(out, v[:, :, keys].double().mean(2, keepdim=True).to(BF16))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_backward_by_the_lse_of_the_compiled(dtype):
+    for case in ((2, 3, 197, 197, 64), (1, 2, 700, 700, 16)):
+        inputs = attention_inputs(*case, dtype=dtype)
+        grad = randn(*case[:3], case[4], dtype=dtype)
+        first = run(attention, inputs, grad)
+        assert all(torch.equal(t, first[name]) for name, t in run(attention, inputs, grad).items())
+        assert_parity(attention, inputs, grad)
+
+
+def test_memory_is_the_outputs_only():
+    qkv = randn(1, 4097, 3 * 12 * 16)
+    assert peak(qkv_attention, qkv, 12) < 1.1 * qkv.numel() / 3 * 4
+
+
+@pytest.mark.parametrize("dtype", [F16, F64], ids=str)
+def test_other_dtypes_go_the_other_ways(dtype):
+    q = randn(1, 3, 197, 64, dtype=dtype)
+    assert native_attention.form(q, q) == "flash"
+    assert_parity(attention, attention_inputs(1, 2, 60, 70, 16, dtype=dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it cannot be compiled
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing is compiled yet, and the cache folder is empty."""
+    monkeypatch.setattr(compiled, "_found", [])
+    monkeypatch.setattr(native_attention, "forced", "auto")
+    monkeypatch.setenv("VITRITON_CACHE_DIR", str(tmp_path))
+    native_attention._choice.cache_clear()
+    with use_backend("native"):
+        yield tmp_path
+    native_attention._choice.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        ("no-such-compiler", "there is no no-such-compiler to compile it with"),
+        ("false", "false cannot compile it: exit code 1"),
+        ("#!/bin/sh\n[ $1 = --version ] || { echo it is broken >&2; exit 3; }\n", "cannot compile it: it is broken"),
+        ("#!/bin/sh\n[ $1 = --version ] || { for last; do :; done; echo no library > $last; }\n", "compiled and loaded here:"),
+    ],
+)
+def test_without_a_compiler_pytorch_computes(fresh, monkeypatch, compiler, said):
+    if compiler.startswith("#!"):
+        script = fresh / "compiler"
+        script.write_text(compiler)
+        script.chmod(0o755)
+        compiler = str(script)
+    monkeypatch.setenv("CXX", compiler)
+    assert said in compiled.why_not(F32)
+    assert not list(fresh.glob("tmp*"))
+    q = randn(1, 3, 50, 64)
+    assert native_attention.form(q, q) == "flash"
+    assert "not compiled: " in explain(q) and said in explain(q)
+    assert_parity(attention, attention_inputs(1, 2, 60, 70, 16))
+    monkeypatch.setattr(native_attention, "forced", "compiled")
+    with pytest.raises(RuntimeError, match="VITRITON_CPU_ATTENTION is 'compiled', which cannot run: "):
+        attention(q, q, q)
+
+
+def test_a_cache_folder_that_cannot_be_written(fresh, monkeypatch):
+    (fresh / "file").touch()
+    monkeypatch.setenv("VITRITON_CACHE_DIR", str(fresh / "file" / "cache"))
+    assert "cannot be compiled and loaded here: " in compiled.why_not(F32) and str(fresh) in compiled.why_not(F32)
+
+
+def test_elsewhere_than_on_linux(fresh, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert compiled.why_not(F32) == "it is compiled on Linux only, and this is darwin"
+
+
+def test_not_beside_another_openmp(fresh, monkeypatch):
+    monkeypatch.setattr(compiled, "_openmp", set)
+    assert "not those of g++'s OpenMP" in compiled.why_not(F32)
+
+
+def test_it_is_compiled_once(fresh, monkeypatch):
+    if why_not := compiled.why_not(F32):
+        pytest.skip(f"attention cannot be compiled here: {why_not}")
+    (file,) = fresh.glob("*.so")
+    before = file.stat().st_mtime_ns
+    run, commands = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: commands.append(command) or run(command, **kwargs))
+    compiled._found.clear()
+    assert compiled.why_not(BF16) is None
+    assert file.stat().st_mtime_ns == before and [command[1:] for command in commands] == [["--version"]]
+
+
+def test_a_training_goes_on_where_there_is_no_compiler(fresh, monkeypatch):
+    found = {native_attention.VARIABLE: "products"}
+    assert same_ways(found, {native_attention.VARIABLE: "flash"}) == {native_attention.VARIABLE: "flash"}
+    for reason, way in ((None, "compiled"), ("there is no compiler", "products")):
+        monkeypatch.setattr(compiled, "why_not", lambda dtype, reason=reason: reason)
+        assert same_ways(found, {native_attention.VARIABLE: "compiled"}) == {native_attention.VARIABLE: way}
