@@ -21,7 +21,7 @@ import torch
 
 from .tuned import folder
 
-__all__ = ["DTYPES", "attention_forward", "why_not"]
+__all__ = ["DTYPES", "attention_backward", "attention_forward", "why_not"]
 
 SOURCE = Path(__file__).with_name("cpu_attention.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
@@ -34,11 +34,24 @@ class _Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row"))]
 
 
+SIZES = [(name, ctypes.c_int64) for name in ("batches", "heads", "queries", "keys", "dim")]
+
+
 class _Forward(ctypes.Structure):
     _fields_ = [
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
         ("lse", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("batches", "heads", "queries", "keys", "dim")),
+        *SIZES,
+        ("factor", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    ]
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, _Tensor) for name in ("grad", "q", "k", "v", "dq", "dk", "dv")),
+        *SIZES,
+        ("scale", ctypes.c_float),
         ("factor", ctypes.c_float),
         ("threads", ctypes.c_int),
     ]
@@ -56,16 +69,24 @@ def attention_forward(q, k, v, scale, with_lse):
     (b, h, n, d), keys = q.shape, k.shape[2]
     out = q.new_empty(b, n, h, d).transpose(1, 2)
     lse = q.new_empty(b, h, n, dtype=torch.float32) if with_lse else None
-    problem = _Forward(
-        *map(_tensor, (q, k, v, out)),
-        None if lse is None else lse.data_ptr(),
-        *(b, h, n, keys, d),
-        scale * math.log2(math.e),
-        torch.get_num_threads(),
-    )
-    if getattr(_library()[0], f"attention_forward_{DTYPES[q.dtype]}")(ctypes.byref(problem)):
-        raise MemoryError(f"no memory for attention of {keys} keys: each thread holds one head of k and of v in fp32")
+    log_sums = None if lse is None else lse.data_ptr()
+    factor = scale * math.log2(math.e)
+    problem = _Forward(*map(_tensor, (q, k, v, out)), log_sums, b, h, n, keys, d, factor, torch.get_num_threads())
+    _run("attention_forward", q, keys, problem)
     return out, lse
+
+
+def attention_backward(grad, q, k, v, scale, dq, dk, dv):
+    """Write the gradients of q, k and v into dq, dk and dv: in fp32 or bf16, no dim is 0, and last strides are 1."""
+    (b, h, n, d), keys = q.shape, k.shape[2]
+    tensors = map(_tensor, (grad, q, k, v, dq, dk, dv))
+    problem = _Backward(*tensors, b, h, n, keys, d, scale, scale * math.log2(math.e), torch.get_num_threads())
+    _run("attention_backward", q, keys, problem)
+
+
+def _run(name, q, keys, problem):
+    if getattr(_library()[0], f"{name}_{DTYPES[q.dtype]}")(ctypes.byref(problem)):
+        raise MemoryError(f"no memory for attention of {keys} keys: each thread holds one head's in fp32")
 
 
 def _tensor(t):
@@ -100,7 +121,7 @@ def _load():
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
         for name in DTYPES.values():
-            getattr(library, f"attention_forward_{name}").argtypes = [ctypes.c_void_p]
+            library[f"attention_forward_{name}"], library[f"attention_backward_{name}"]
     except subprocess.CalledProcessError as error:
         said = next(iter(error.stderr.strip().splitlines()), f"exit code {error.returncode}")
         return None, f"{compiler} cannot compile it: {said}"

@@ -1,10 +1,14 @@
-// Attention on a CPU: what compiled_attention.py compiles where a g++ is at hand. No header but the standard's.
+// Attention on a CPU: what compiled.py compiles where a g++ is at hand. No header but the standard's.
 //
 // A thread takes one head and up to 64 queries at a time, and with C vectors of L queries (or of columns) and R rows in
 // registers computes
-//     sᵀ = k qᵀ (keys x queries),  m = max s,  p = 2^(factor (s - m)),  out = (p v) / (Σ p),  lse = ln 2 (factor m + log2 Σ p)
-// so that softmax needs no sum across a vector, and neither k nor v is transposed. All is in fp32; bf16 is rounded when
-// it is stored. Sums over keys are made of sums over KEYS of them, so that their rounding errors do not grow with N.
+//     sᵀ = k qᵀ (keys x queries),  m = max s,  p = 2^(factor (s - m)),
+//     out = (p v) / (Σ p),  lse = ln 2 (factor m + log2 Σ p)
+// so that softmax needs no sum across a vector, and neither k nor v is transposed; and backward, after p again, with its
+// own sums,
+//     dpᵀ = v doutᵀ,  ds = p (dp - Σ p dp),  dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
+// All is in fp32; bf16 is rounded when it is stored. Sums are made of sums over CHUNK terms, so that their rounding
+// errors do not grow with N. The bits depend neither on the number of threads nor on the other heads.
 
 #include <algorithm>
 #include <atomic>
@@ -20,7 +24,8 @@ constexpr int L = 8, R = 6, C = 2;
 #else
 constexpr int L = 4, R = 6, C = 4;
 #endif
-constexpr int64_t KEYS = 64;
+constexpr int64_t CHUNK = 64;
+static int64_t chunk_of_scores(int64_t dim) { return dim < 64 ? 8 : 16; }  // shorter: errors of scores are exponents'
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ivec __attribute__((vector_size(4 * L)));
@@ -65,8 +70,8 @@ static inline void narrow(float x, uint16_t* to) {  // to the nearest, ties to e
 
 // c (rows, ldc), of `columns` vectors, = or += Σ_i a[row * row_step + i * step] b[i] for i < n
 template <int rows, int columns>
-static inline void tile(const float* a, int64_t row_step, int64_t step, const float* b, int64_t ldb, int64_t n, float* c,
-                        int64_t ldc, bool add) {
+static inline void tile(const float* a, int64_t row_step, int64_t step, const float* b, int64_t ldb, int64_t n,
+                        float* c, int64_t ldc, bool add) {
   vec sums[rows][columns] = {};
   for (int64_t i = 0; i < n; i++) {
     vec x[columns];
@@ -95,15 +100,67 @@ static inline void tile_of(int r, int j, const float* a, int64_t row_step, int64
 
 // the same for any number of rows and of vectors of columns, which are shared out evenly
 static void product(int64_t rows, int64_t vectors, const float* a, int64_t row_step, int64_t step, const float* b,
-                    int64_t ldb, int64_t n, float* c, int64_t ldc, bool add) {
+                    int64_t ldb, int64_t n, float* c, int64_t ldc, bool add = false, int64_t chunk = CHUNK) {
   const int64_t parts = (vectors + C - 1) / C;
-  for (int64_t r = 0; r < rows; r += R)
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t first = vectors * part / parts, last = vectors * (part + 1) / parts;
-      tile_of<R, C>(std::min<int64_t>(R, rows - r), last - first, a + r * row_step, row_step, step, b + first * L, ldb, n,
-                    c + r * ldc + first * L, ldc, add);
-    }
+  for (int64_t i = 0; i < n; i += chunk)
+    for (int64_t r = 0; r < rows; r += R)
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t first = vectors * part / parts, last = vectors * (part + 1) / parts;
+        tile_of<R, C>(std::min<int64_t>(R, rows - r), last - first, a + r * row_step + i * step, row_step, step,
+                      b + i * ldb + first * L, ldb, std::min(chunk, n - i), c + r * ldc + first * L, ldc, add || i > 0);
+      }
 }
+
+// p (keys, wide): s -> 2^(factor (s - m)), in one vector of queries; its sum over keys, and shift = -factor m
+static inline vec powers(float* p, int64_t keys, int64_t wide, float factor, vec& shift) {
+  vec m = load(p);
+  for (int64_t j = 1; j < keys; j++) {
+    const vec s = load(p + j * wide);
+    m = s > m ? s : m;
+  }
+  shift = -factor * m;
+  vec total = {};
+  for (int64_t j = 0; j < keys; j += CHUNK) {
+    vec some = {};
+    for (int64_t l = j; l < std::min(j + CHUNK, keys); l++) {
+      const vec e = power_of_2(factor * load(p + l * wide) + shift);
+      store(p + l * wide, e);
+      some += e;
+    }
+    total += some;
+  }
+  return total;
+}
+
+// p, dp (keys, wide): powers and dp -> p / total and ds = p (dp - Σ p dp), in one vector of queries
+static inline void softmax_backward(float* p, float* dp, int64_t keys, int64_t wide, vec total) {
+  const vec inverse = 1.0f / total;
+  vec delta = {};
+  for (int64_t j = 0; j < keys; j += CHUNK) {
+    vec some = {};
+    for (int64_t l = j; l < std::min(j + CHUNK, keys); l++) {
+      const vec x = load(p + l * wide) * inverse;
+      store(p + l * wide, x);
+      some += x * load(dp + l * wide);
+    }
+    delta += some;
+  }
+  for (int64_t j = 0; j < keys; j++) store(dp + j * wide, load(p + j * wide) * (load(dp + j * wide) - delta));
+}
+
+// memory for floats, aligned to a vector; null where there is none
+struct Scratch {
+  float *memory, *next;
+  explicit Scratch(int64_t floats)
+      : memory(static_cast<float*>(std::malloc(sizeof(float) * (floats + L)))),
+        next(reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 4 * L - 1) & ~uintptr_t(4 * L - 1))) {}
+  ~Scratch() { std::free(memory); }
+  float* take(int64_t floats) {
+    float* taken = next;
+    next += floats;
+    return taken;
+  }
+};
 
 extern "C" {
 
@@ -119,12 +176,20 @@ struct Forward {  // q, out (batches, heads, queries, dim), k, v (batches, heads
   float factor;  // scale / ln 2
   int threads;
 };
+
+struct Backward {  // each gradient has the shape of what it is the gradient of
+  Tensor grad, q, k, v, dq, dk, dv;
+  int64_t batches, heads, queries, keys, dim;
+  float scale, factor;
+  int threads;
+};
 }
 
 template <class T>
-static void pack(const Tensor& from, int64_t b, int64_t h, int64_t rows, int64_t dim, int64_t width, float* to) {
+static void pack(const Tensor& from, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim, int64_t width,
+                 float* to) {
   for (int64_t i = 0; i < rows; i++) {
-    const T* row = static_cast<const T*>(from.data) + b * from.batch + h * from.head + i * from.row;
+    const T* row = static_cast<const T*>(from.data) + b * from.batch + h * from.head + (first + i) * from.row;
     for (int64_t d = 0; d < dim; d++) to[i * width + d] = widen(row[d]);
     for (int64_t d = dim; d < width; d++) to[i * width + d] = 0;
   }
@@ -140,6 +205,15 @@ static void pack_transposed(const Tensor& from, int64_t b, int64_t h, int64_t fi
 }
 
 template <class T>
+static void unpack(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, const Tensor& to,
+                   int64_t b, int64_t h, int64_t first) {
+  for (int64_t i = 0; i < rows; i++) {
+    T* row = static_cast<T*>(to.data) + b * to.batch + h * to.head + (first + i) * to.row;
+    for (int64_t d = 0; d < dim; d++) narrow(from[i * width + d] * factor, row + d);
+  }
+}
+
+template <class T>
 static int forward(const Forward& f) {
   const int64_t dim = f.dim, vectors = (dim + L - 1) / L, width = vectors * L;
   const int64_t all_vectors = (f.queries + L - 1) / L, parts = (all_vectors + C - 1) / C;
@@ -147,59 +221,91 @@ static int forward(const Forward& f) {
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(f.threads)
   {
-    const int64_t floats = 2 * f.keys * width + C * L * (dim + f.keys + width);
-    float* memory = static_cast<float*>(std::malloc(sizeof(float) * (floats + L)));
-    if (memory == nullptr) failed = 1;
-    float* k = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
-    float *v = k + f.keys * width, *q = v + f.keys * width, *p = q + C * L * dim, *out = p + C * L * f.keys;
+    Scratch scratch(2 * f.keys * width + C * L * (dim + f.keys + width));
+    if (scratch.memory == nullptr) failed = 1;
+    float *k = scratch.take(f.keys * width), *v = scratch.take(f.keys * width);
+    float *p = scratch.take(C * L * f.keys), *out = scratch.take(C * L * width), *q = scratch.take(C * L * dim);
     int64_t packed = -1;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < f.batches * f.heads * parts; task++) {
       const int64_t head = task / parts, part = task % parts, b = head / f.heads, h = head % f.heads;
-      if (memory == nullptr) continue;
+      if (scratch.memory == nullptr) continue;
       if (head != packed) {
-        pack<T>(f.k, b, h, f.keys, dim, width, k);
-        pack<T>(f.v, b, h, f.keys, dim, width, v);
+        pack<T>(f.k, b, h, 0, f.keys, dim, width, k);
+        pack<T>(f.v, b, h, 0, f.keys, dim, width, v);
         packed = head;
       }
-      const int64_t first = all_vectors * part / parts * L, last = all_vectors * (part + 1) / parts * L;
-      const int64_t wide = last - first, count = std::min(last, f.queries) - first;
+      const int64_t first = all_vectors * part / parts * L, wide = all_vectors * (part + 1) / parts * L - first;
+      const int64_t count = std::min(wide, f.queries - first);
       pack_transposed<T>(f.q, b, h, first, count, dim, wide, sign, q);
-      product(f.keys, wide / L, k, width, 1, q, wide, dim, p, wide, false);
+      product(f.keys, wide / L, k, width, 1, q, wide, dim, p, wide, false, chunk_of_scores(dim));
       float sums[C * L];
       for (int64_t i = 0; i < wide; i += L) {
-        vec m = load(p + i);
-        for (int64_t j = 1; j < f.keys; j++) {
-          const vec s = load(p + j * wide + i);
-          m = s > m ? s : m;
-        }
-        const vec shift = -factor * m;
-        vec total = {};
-        for (int64_t j = 0; j < f.keys; j += KEYS) {
-          vec some = {};
-          for (int64_t l = j; l < std::min(j + KEYS, f.keys); l++) {
-            const vec e = power_of_2(factor * load(p + l * wide + i) + shift);
-            store(p + l * wide + i, e);
-            some += e;
-          }
-          total += some;
-        }
+        vec shift;
+        const vec total = powers(p + i, f.keys, wide, factor, shift);
         store(sums + i, total);
-        if (f.lse != nullptr)
-          for (int64_t r = 0; r < L && i + r < count; r++)
-            f.lse[head * f.queries + first + i + r] = float(0.6931471805599453 * (std::log2(double(total[r])) - shift[r]));
+        if (f.lse == nullptr) continue;
+        float* lse = f.lse + head * f.queries + first + i;
+        for (int64_t r = 0; r < L && i + r < count; r++)
+          lse[r] = float(0.6931471805599453 * (std::log2(double(total[r])) - shift[r]));
       }
-      for (int64_t j = 0; j < f.keys; j += KEYS)
-        product(count, vectors, p + j * wide, 1, wide, v + j * width, width, std::min(KEYS, f.keys - j), out, width, j > 0);
-      for (int64_t i = 0; i < count; i++) {
-        T* row = static_cast<T*>(f.out.data) + b * f.out.batch + h * f.out.head + (first + i) * f.out.row;
-        for (int64_t d = 0; d < dim; d++) narrow(out[i * width + d] / sums[i], row + d);
-      }
+      product(count, vectors, p, 1, wide, v, width, f.keys, out, width);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t d = 0; d < dim; d++) out[i * width + d] /= sums[i];
+      unpack<T>(out, width, count, dim, 1.0f, f.out, b, h, first);
     }
-    std::free(memory);
+  }
+  return failed;
+}
+
+template <class T>
+static int backward(const Backward& f) {
+  const int64_t dim = f.dim, vectors = (dim + L - 1) / L, width = vectors * L;
+  const int64_t all_vectors = (f.queries + L - 1) / L, parts = (all_vectors + C - 1) / C;
+  const float factor = std::fabs(f.factor), sign = f.factor < 0 ? -1.0f : 1.0f;
+  std::atomic<int> failed{0};
+#pragma omp parallel num_threads(f.threads)
+  {
+    Scratch scratch(4 * f.keys * width + C * L * (2 * f.keys + 3 * width + 2 * dim));
+    if (scratch.memory == nullptr) failed = 1;
+    float *k = scratch.take(f.keys * width), *v = scratch.take(f.keys * width);
+    float *dk = scratch.take(f.keys * width), *dv = scratch.take(f.keys * width);
+    float *p = scratch.take(C * L * f.keys), *ds = scratch.take(C * L * f.keys);
+    float *q = scratch.take(C * L * width), *grad = scratch.take(C * L * width), *dq = scratch.take(C * L * width);
+    float *q_transposed = scratch.take(C * L * dim), *grad_transposed = scratch.take(C * L * dim);
+#pragma omp for schedule(static)
+    for (int64_t head = 0; head < f.batches * f.heads; head++) {
+      const int64_t b = head / f.heads, h = head % f.heads;
+      if (scratch.memory == nullptr) continue;
+      pack<T>(f.k, b, h, 0, f.keys, dim, width, k);
+      pack<T>(f.v, b, h, 0, f.keys, dim, width, v);
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t first = all_vectors * part / parts * L, wide = all_vectors * (part + 1) / parts * L - first;
+        const int64_t count = std::min(wide, f.queries - first);
+        pack<T>(f.q, b, h, first, count, dim, width, q);
+        pack<T>(f.grad, b, h, first, count, dim, width, grad);
+        pack_transposed<T>(f.q, b, h, first, count, dim, wide, sign, q_transposed);
+        pack_transposed<T>(f.grad, b, h, first, count, dim, wide, 1.0f, grad_transposed);
+        product(f.keys, wide / L, k, width, 1, q_transposed, wide, dim, p, wide, false, chunk_of_scores(dim));
+        product(f.keys, wide / L, v, width, 1, grad_transposed, wide, dim, ds, wide);
+        for (int64_t i = 0; i < wide; i += L) {
+          vec shift;
+          const vec total = powers(p + i, f.keys, wide, factor, shift);
+          softmax_backward(p + i, ds + i, f.keys, wide, total);
+        }
+        product(f.keys, vectors, p, wide, 1, grad, width, count, dv, width, part > 0);
+        product(f.keys, vectors, ds, wide, 1, q, width, count, dk, width, part > 0);
+        product(count, vectors, ds, 1, wide, k, width, f.keys, dq, width);
+        unpack<T>(dq, width, count, dim, f.scale, f.dq, b, h, first);
+      }
+      unpack<T>(dk, width, f.keys, dim, f.scale, f.dk, b, h, 0);
+      unpack<T>(dv, width, f.keys, dim, 1.0f, f.dv, b, h, 0);
+    }
   }
   return failed;
 }
 
 extern "C" int attention_forward_fp32(const Forward* f) { return forward<float>(*f); }
 extern "C" int attention_forward_bf16(const Forward* f) { return forward<uint16_t>(*f); }
+extern "C" int attention_backward_fp32(const Backward* f) { return backward<float>(*f); }
+extern "C" int attention_backward_bf16(const Backward* f) { return backward<uint16_t>(*f); }

@@ -237,6 +237,14 @@ def _heads_product(x, weight, groups):
 
 def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv (any strides)."""
+    if q.device.type == "cpu" and form(q, k) == "compiled":
+        grads = (dq, dk, dv)
+        into = [t if t.stride(-1) == 1 else t.new_empty(t.shape) for t in grads]
+        compiled.attention_backward(*_rows_contiguous(grad, q, k, v), scale, *into)
+        for d, g in zip(grads, into, strict=True):
+            if d is not g:
+                d.copy_(g)
+        return
     images = images_by_products(q, q.shape[1] * q.shape[2] * k.shape[2])
     if not images and form_of_pytorch(q, k) == "convolutions" and max(q.shape[2], k.shape[2]) <= MOST_SUMMED:
         images = max(1, PAIRS // (q.shape[1] * q.shape[2] * k.shape[2]))
@@ -274,7 +282,7 @@ def images_by_products(q, pairs):
     """Of how many images at a time, of so many pairs, products give the gradients; 0 if PyTorch's fused operator."""
     if q.device.type != "cpu":
         return q.shape[0]
-    return MOST_PAIRS // pairs if q.dtype == torch.bfloat16 else 0  # fp16 scores may overflow
+    return MOST_PAIRS // pairs if q.dtype == torch.bfloat16 and not choice(q.dtype).compiled else 0  # fp16 may overflow
 
 
 def _backward_by_convolutions(grad, q, k, v, out, lse, dq, dk, dv, scale):

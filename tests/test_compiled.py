@@ -1,4 +1,4 @@
-"""Attention compiled on this machine: values, lse, bits, memory; and what is done and said where it cannot be compiled."""
+"""Attention compiled on this machine: values, bits, memory; and what is done and said where it cannot be compiled."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from vitriton.vit.checkpoint import same_ways
 
 pytestmark = pytest.mark.usefixtures("unguarded")
 
-# b, h, nq, nk, d: head dims that fill no vector, queries and keys that fill no tile, one of each, more keys than a sum has
+# b, h, nq, nk, d: head dims that fill no vector, queries and keys that fill no tile, one of each, many chunks of a sum
 CASES = [
     (2, 3, 197, 197, 64),
     (1, 1, 1, 1, 8),
@@ -168,7 +168,10 @@ def fresh(monkeypatch, tmp_path):
         ("no-such-compiler", "there is no no-such-compiler to compile it with"),
         ("false", "false cannot compile it: exit code 1"),
         ("#!/bin/sh\n[ $1 = --version ] || { echo it is broken >&2; exit 3; }\n", "cannot compile it: it is broken"),
-        ("#!/bin/sh\n[ $1 = --version ] || { for last; do :; done; echo no library > $last; }\n", "compiled and loaded here:"),
+        (
+            "#!/bin/sh\n[ $1 = --version ] || { for last; do :; done; echo no library > $last; }\n",
+            "compiled and loaded here:",
+        ),
     ],
 )
 def test_without_a_compiler_pytorch_computes(fresh, monkeypatch, compiler, said):

@@ -182,7 +182,8 @@ def test_every_package_is_listed(setup_arguments):
     assert set(setup_arguments["packages"]) == set(names)
     for name in ("vitriton.kernels", "vitriton.vit"):
         assert ROOT / setup_arguments["package_dir"][name] == names[name]
-        assert setup_arguments["package_data"][name] == ["py.typed"] and (names[name] / "py.typed").is_file()
+        others = {file.name for file in names[name].iterdir() if file.is_file() and file.suffix in (".typed", ".cpp")}
+        assert set(setup_arguments["package_data"][name]) == others and "py.typed" in others
     assert setup_arguments["license"] == "MIT" and "MIT License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
