@@ -90,10 +90,10 @@ def test_mean_against_weights_of_one_sign(where, dtype, mean):
     """Where all of W' has one sign, x W' and mean c are mean sqrt(K) times what their difference is."""
     if dtype == torch.float64:
         mean /= 100  # 1e-12 is less than what rounding a mean of 1e3 leaves
-    inputs = layer_norm_inputs((33,), 24, 768, dtype=dtype, device=where, mean=mean)
+    inputs = layer_norm_inputs((33,), 24, 1024, dtype=dtype, device=where, mean=mean)
     options = {"dtype": dtype, "device": where, "mean": 1.0, "std": 0.1}
-    inputs["norm_weight"] = randn(768, **options).requires_grad_()
-    inputs["weight"] = randn(24, 768, **options).requires_grad_()
+    inputs["norm_weight"] = randn(1024, **options).requires_grad_()
+    inputs["weight"] = randn(24, 1024, **options).requires_grad_()
     assert_parity(layer_norm_linear, inputs)
 
 

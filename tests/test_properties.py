@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from parity import DTYPES, F16, F32, F64, assert_parity, assert_same_bits, copies, run
-from strategies import attention_cases, layer_norm_cases
+from strategies import attention_cases, layer_norm_cases, place
 from vitriton.kernels import attention, layer_norm_linear, qkv_attention, use_backend
+from vitriton.kernels.launch import alignment
 
 JUDGED = [d for d in (F64, F16) if d in DTYPES["triton"]]
 
@@ -37,7 +38,10 @@ def layer_norm_inputs(case, device):
 
 
 @budget
-@given(case=attention_cases(dtypes=JUDGED))
+@given(
+    # of the same v for all keys, dq and dk are 0, and fp64's rule is relative to them
+    case=attention_cases(dtypes=JUDGED).filter(lambda case: not (case.dtype == F64 and case.layouts[2] == "constant"))
+)
 def test_attention(somewhere, budget, case):
     backend, device = somewhere
     inputs, scale = attention_inputs(case, device)
@@ -51,9 +55,12 @@ def test_layouts_of_attention(somewhere, budget, case):
     backend, device = somewhere
     inputs, scale = attention_inputs(case, device)
     grad = case.grad(device)
+    contiguous = copies(inputs)
+    if alignment(*inputs.values(), grad) < alignment(*contiguous.values(), grad.contiguous()):
+        contiguous["q"] = place(contiguous["q"].detach(), "gaps").requires_grad_()  # others take other tiles
     with use_backend(backend):
         result = run(attention, inputs, grad, scale=scale)
-        assert_same_bits(result, run(attention, copies(inputs), grad.contiguous(), scale=scale))
+        assert_same_bits(result, run(attention, contiguous, grad.contiguous(), scale=scale))
         assert result["out"].transpose(1, 2).is_contiguous()
 
 
@@ -64,11 +71,11 @@ def test_qkv_attention_is_attention_of_its_parts(somewhere, budget, case):
     inputs, scale = attention_inputs(case, device)
     grad = case.grad(device)
     qkv = case.qkv(device).requires_grad_()
+    packed_grad = grad.transpose(1, 2).flatten(2)
+    grad = packed_grad.unflatten(2, (case.heads, -1)).transpose(1, 2)  # as aligned: others take other tiles
     with use_backend(backend):
         parts = run(attention, inputs, grad, scale=scale)
-        packed = run(
-            lambda qkv: qkv_attention(qkv, case.heads, scale=scale), {"qkv": qkv}, grad.transpose(1, 2).flatten(2)
-        )
+        packed = run(lambda qkv: qkv_attention(qkv, case.heads, scale=scale), {"qkv": qkv}, packed_grad)
     expected = torch.cat([parts[name].transpose(1, 2).flatten(2) for name in ("dq", "dk", "dv")], 2)
     assert_same_bits(packed, {"out": parts["out"].transpose(1, 2).flatten(2), "dqkv": expected})
 
