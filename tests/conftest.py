@@ -4,8 +4,11 @@ Without a GPU, TRITON_INTERPRET=1 is set here, before anything imports triton, a
 interpreter; with one, and the variable unset, the same tests run on the GPU. Either way they take the fixture `device`.
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +22,10 @@ if GPU is None and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
         raise pytest.UsageError("triton was imported before tests/conftest.py: set TRITON_INTERPRET=1 to run the tests")
     os.environ["TRITON_INTERPRET"] = "1"
+
+if "VITRITON_CACHE_DIR" not in os.environ:  # nothing is left in the user's, and nothing found there
+    os.environ["VITRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="vitriton-tests-")
+    atexit.register(shutil.rmtree, os.environ["VITRITON_CACHE_DIR"], ignore_errors=True)
 
 # `python -m pytest` puts it there, and then transformers takes kernels/ for Hugging Face's package of that name
 TOP = Path(__file__).parent.parent

@@ -1,5 +1,6 @@
 """Attention compiled on this machine: values, bits, memory; and what is done and said where it cannot be compiled."""
 
+import platform
 import subprocess
 import sys
 
@@ -25,6 +26,9 @@ CASES = [
     (1, 2, 129, 700, 111),
     (1, 1, 33, 64, 256),
 ]
+
+
+X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +222,22 @@ def test_it_is_compiled_once(fresh, monkeypatch):
     compiled._found.clear()
     assert compiled.why_not(BF16) is None
     assert file.stat().st_mtime_ns == before and [command[1:] for command in commands] == [["--version"]]
+
+
+@pytest.mark.skipif(not X86, reason=f"this is {platform.machine()}: there are other processors of x86-64 only")
+@pytest.mark.parametrize("processor", ["-msse2", "-mavx2 -mfma", "-march=native"])
+def test_vectors_of_lesser_processors(fresh, monkeypatch, processor):
+    """4 and 8 numbers a vector, as well as this one's."""
+    if why_not := compiled.why_not(F32):
+        pytest.skip(f"attention cannot be compiled here: {why_not}")
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *processor.split()))
+    monkeypatch.setattr(compiled, "NATIVE", "-Wall")
+    monkeypatch.setattr(native_attention, "forced", "compiled")
+    compiled._found.clear()
+    for case in CASES:
+        for dtype in (F32, BF16):
+            assert_parity(attention, attention_inputs(*case, dtype=dtype))
+    assert len(list(fresh.glob("*.so"))) == 2
 
 
 def test_a_training_goes_on_where_there_is_no_compiler(fresh, monkeypatch):

@@ -34,6 +34,8 @@ SETTINGS = (
     "TRITON_CACHE_DIR",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
+    "VITRITON_CACHE_DIR",
+    "CXX",
 )
 
 
@@ -283,11 +285,12 @@ def installed_at(package):
 
 
 def caches(here):
-    """The folders where compiled kernels are kept, and the tiles that were found fastest."""
+    """The folders where compiled kernels are kept, and (vitriton's) the tiles that were found fastest."""
     here.title("Caches")
     folders = {"torch.compile": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_default()}
     if triton is not None:
-        folders = {"Triton": triton.knobs.cache.dir} | folders | {"vitriton tune": tuned.folder()}
+        folders = {"Triton": triton.knobs.cache.dir} | folders
+    folders["vitriton"] = tuned.folder()
     found = here.found["caches"] = {}
     for name, folder in folders.items():
         folder = Path(folder)
