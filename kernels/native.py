@@ -11,6 +11,7 @@ from .launch import accumulator
 from .native_attention import (
     attention_backward,
     attention_forward,
+    heads_apart,
     images_by_products,
     qkv_attention_backward,
 )
@@ -19,6 +20,7 @@ from .packed import GELU, linear, weight_grad
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "heads_apart",
     "images_by_products",
     "layer_norm_linear_backward",
     "layer_norm_linear_forward",
@@ -61,32 +63,45 @@ def layer_norm_linear_backward(
     """grad, z (...,N), x (...,K) -> dx (...,K) or None, (dnorm_weight, dnorm_bias, dweight, dbias) or None."""
     if activation is not None:
         grad = torch.ops.aten.gelu_backward.default(grad, z, approximate=GELU[activation])
-    acc, k = mean.dtype, x.shape[-1]
+    needs = need_dx, need_dw, need_dw, need_dw, need_dw and bias is not None
+    dx, *dw = norm_linear_backward(grad, x, norm_weight, norm_bias, weight, eps, needs)
+    return dx, tuple(dw) if need_dw else None
+
+
+def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, eps, needs):
+    """The gradients of layer_norm_linear's x, norm_weight, norm_bias, weight and bias, without an activation.
+
+    grad (...,N), x (...,K); `needs` says which; None where not needed. LayerNorm is computed again.
+    """
+    need_dx, *need_norm, need_dweight, need_dbias = needs
+    acc, k = accumulator(x.dtype), x.shape[-1]
     gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
-    grad = grad.reshape(mean.numel(), weight.shape[0])
-    # of one column, PyTorch's product sums term by term, and errs more
-    dy = linear(grad, weight.t(), None, may_pack=False) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
-    dy = dy.view(x.shape)
-    if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
-        dy = dy.to(acc)
-    # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
-    rows, mean = x - mean.view(*x.shape[:-1], 1), torch.zeros_like(mean)
-    if acc == torch.float64:
-        rows -= rows.mean(dim=-1, keepdim=True)
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
-        dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, need_dw, need_dw]
-    )
-    if need_dx and dx.dtype != x.dtype:
-        dx = dx.to(x.dtype)
-    if not need_dw:
-        return dx, None
-    if norm_weight.dtype != acc:
-        dnorm_weight, dnorm_bias = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
-    normed = _layer_norm(x, gamma, beta, eps)[0]
-    if normed.dtype != weight.dtype:
-        normed = normed.to(weight.dtype)
-    dweight = weight_grad(grad, normed.view(mean.numel(), k))
-    return dx, (dnorm_weight, dnorm_bias, dweight, None if bias is None else grad.sum(0))
+    normed, mean, rstd = _layer_norm(x, gamma, beta, eps)
+    grad = grad.reshape(-1, weight.shape[0])
+    dx = dnorm_weight = dnorm_bias = None
+    if need_dx or any(need_norm):
+        # of one column, PyTorch's product sums term by term, and errs more
+        dy = linear(grad, weight.t(), None, may_pack=False) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
+        dy = dy.view(x.shape)
+        if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
+            dy = dy.to(acc)
+        # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
+        rows, mean = x - mean, torch.zeros_like(mean)
+        if acc == torch.float64:
+            rows -= rows.mean(dim=-1, keepdim=True)
+        dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
+            dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, any(need_norm), any(need_norm)]
+        )
+        if need_dx and dx.dtype != x.dtype:
+            dx = dx.to(x.dtype)
+        if any(need_norm) and norm_weight.dtype != acc:
+            dnorm_weight, dnorm_bias = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
+    dweight = None
+    if need_dweight:
+        if normed.dtype != weight.dtype:
+            normed = normed.to(weight.dtype)
+        dweight = weight_grad(grad, normed.view(-1, k))
+    return dx, dnorm_weight, dnorm_bias, dweight, grad.sum(0) if need_dbias else None
 
 
 def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):

@@ -153,7 +153,7 @@ def _by_softmax(k, v, factor):
 
     def of_rows(q, out, lse):
         n = q.shape[2]
-        p = torch.bmm(flat_k, (q * scale).reshape(b * h, n, d).transpose(1, 2))
+        p = _scaled_product(flat_k, q.reshape(b * h, n, d).transpose(1, 2), scale)
         least, most = p.aminmax()
         far = p.float().abs_().amax(1).view(b, h, n) if max(most.item(), -least.item()) > FAR else None
         if lse is not None:
@@ -184,6 +184,12 @@ def _by_products(k, v, factor):
             _replace_far(far.view(b, h, n), q, k, v, factor * math.log(2), out, lse)
 
     return of_rows
+
+
+def _scaled_product(a, b, scale, into=None):
+    """scale a b, of matrices a (G,M,K) and b (G,K,N), rounded once; into (G,M,N) or a new tensor."""
+    into = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if into is None else into
+    return into.baddbmm_(a, b, beta=0, alpha=scale)
 
 
 def _replace_far(far, q, k, v, scale, out, lse):
@@ -257,24 +263,36 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
             d.copy_(g)
         return
     tensors = zip(*(t.split(images) for t in (grad, q, k, v, dq, dk, dv)), strict=True)
-    for grad_, q_, k_, v_, *into in tensors:
-        copies = [t.clone(memory_format=torch.contiguous_format).flatten(0, 1) for t in (q_, k_, v_)]
-        _backward_by_products(grad_.reshape(-1, *grad.shape[2:]), *copies, scale)
-        for d, g in zip(into, copies, strict=True):
+    for grad_, *qkv_, dq_, dk_, dv_ in tensors:
+        flat = [t.reshape(-1, *t.shape[2:]) for t in (grad_, *qkv_)]
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in flat[1:]]
+        _backward_by_products(*flat, scale, *grads)
+        for d, g in zip((dq_, dk_, dv_), grads, strict=True):
             d.copy_(g.view(d.shape))
 
 
-def qkv_attention_backward(grad, qkv, heads, scale, images):
-    """grad (B,N,H*D), qkv (B,N,3*H*D) -> dqkv, by products, for so many images at a time."""
-    dqkv = qkv.new_empty(qkv.shape)
-    n, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
-    for grad_, qkv_, dqkv_ in zip(grad.split(images), qkv.split(images), dqkv.split(images), strict=True):
-        # (b,n,3*h*d) -> (3,b,h,n,d)
-        inside, dinside = (t.view(-1, n, 3, heads, d).permute(2, 0, 3, 1, 4) for t in (qkv_, dqkv_))
-        copy = inside.clone(memory_format=torch.contiguous_format)
-        grad_ = grad_.view(-1, n, heads, d).transpose(1, 2).reshape(-1, n, d)
-        _backward_by_products(grad_, *copy.flatten(1, 2).unbind(), scale)
-        dinside.copy_(copy)
+def heads_apart(qkv, heads):
+    """(B,N,3*H*D) -> a copy (3,B,H,N,D)."""
+    b, n, width = qkv.shape
+    inside = qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return inside.clone(memory_format=torch.contiguous_format)
+
+
+def qkv_attention_backward(grad, apart, scale):
+    """grad (B,N,H*D), q, k and v apart (3,B,H,N,D) -> dqkv (B,N,3*H*D), by products, for some images at a time."""
+    _, b, h, n, d = apart.shape
+    images = images_by_products(apart[0], h * n * n)
+    grad = grad.view(b, n, h, d).transpose(1, 2)
+    if images >= b:
+        dapart = torch.empty_like(apart)
+        _backward_by_products(
+            grad.reshape(b * h, n, d), *apart.view(3, b * h, n, d).unbind(), scale, *dapart.view(3, b * h, n, d).unbind()
+        )
+        return dapart.permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
+    dqkv = grad.new_empty(b, n, 3 * h * d)
+    for i in range(0, b, images):
+        some = slice(i, i + images)
+        dqkv[some] = qkv_attention_backward(grad[some].transpose(1, 2).flatten(2), apart[:, some], scale)
     return dqkv
 
 
@@ -314,17 +332,15 @@ def _backward_by_convolutions(grad, q, k, v, out, lse, dq, dk, dv, scale):
     product(ds.permute(3, 1, 2, 0), as_transposed_weight(k), dq, scale)
 
 
-def _backward_by_products(grad, q, k, v, scale):
-    """Overwrite q, k and v with their gradients, (B*H,N,D) all of them, with two maps (B*H,Nq,Nk) in memory."""
-    q *= scale
-    p = torch.bmm(q, k.transpose(1, 2))
-    torch.softmax(p, -1, out=p)
-    ds = torch.bmm(grad, v.transpose(1, 2))
-    torch.bmm(p.transpose(1, 2), grad, out=v)
-    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
-    dk = torch.bmm(ds.transpose(1, 2), q)
-    torch.bmm(ds, k, out=q).mul_(scale)
-    k.copy_(dk)
+def _backward_by_products(grad, q, k, v, scale, dq, dk, dv):
+    """Write the gradients of q, k and v into dq, dk and dv, (B*H,N,D) all of them, with two maps (B*H,Nk,Nq)."""
+    p = _scaled_product(k, q.transpose(1, 2), scale)
+    torch.softmax(p, 1, out=p)
+    ds = torch.bmm(v, grad.transpose(1, 2))
+    torch.bmm(p, grad, out=dv)
+    torch.ops.aten._softmax_backward_data.out(ds, p, 1, p.dtype, grad_input=ds)
+    _scaled_product(ds, q, scale, dk)
+    _scaled_product(ds.transpose(1, 2), k, scale, dq)
 
 
 def _rows_contiguous(*tensors):

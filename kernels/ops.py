@@ -114,8 +114,8 @@ def _qkv_attention_fake(qkv, heads, scale, backend):
 def _qkv_attention_backward(grad, qkv, out, lse, heads, scale, backend):
     b, n, width = qkv.shape
     natively = b and n > 1 and width and not takes_triton(backend, qkv)
-    if natively and (images := native.images_by_products(qkv, heads * n * n)):
-        return native.qkv_attention_backward(grad, qkv, heads, scale, images)
+    if natively and native.images_by_products(qkv, heads * n * n):
+        return native.qkv_attention_backward(grad, native.heads_apart(qkv, heads), scale)
     dqkv = qkv.new_empty(qkv.shape)
     grad, out = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (grad, out))
     _attention_into(grad, *_split(qkv, heads), out, lse, scale, backend, _split(dqkv, heads))
