@@ -26,8 +26,11 @@ __all__ = [
     "layer_norm_linear_forward",
     "layer_norm_linear_inference",
     "linear_backward",
+    "norm_linear_backward",
     "qkv_attention_backward",
     "qkv_attention_inference",
+    "qkv_attention_training",
+    "qkv_attention_training_backward",
 ]
 
 
@@ -77,7 +80,7 @@ def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, eps, needs):
     acc, k = accumulator(x.dtype), x.shape[-1]
     gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
     normed, mean, rstd = _layer_norm(x, gamma, beta, eps)
-    grad = grad.reshape(-1, weight.shape[0])
+    grad = grad.reshape(mean.numel(), weight.shape[0])
     dx = dnorm_weight = dnorm_bias = None
     if need_dx or any(need_norm):
         # of one column, PyTorch's product sums term by term, and errs more
@@ -100,7 +103,7 @@ def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, eps, needs):
     if need_dweight:
         if normed.dtype != weight.dtype:
             normed = normed.to(weight.dtype)
-        dweight = weight_grad(grad, normed.view(-1, k))
+        dweight = weight_grad(grad, normed.view(mean.numel(), k))
     return dx, dnorm_weight, dnorm_bias, dweight, grad.sum(0) if need_dbias else None
 
 
@@ -128,6 +131,48 @@ def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, ac
 
 def qkv_attention_inference(qkv, heads, scale):
     """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D)."""
+    return _inside(attention_forward(*_apart(qkv, heads), scale, with_lse=False)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For blocks in training: see blocks.py. N is 2 at least.
+
+
+def qkv_attention_training(qkv, heads, scale):
+    """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D), and what its backward pass takes."""
+    apart = _apart(qkv, heads)
+    by_products = isinstance(apart, torch.Tensor)
+    out, lse = attention_forward(*apart, scale, with_lse=not by_products)
+    return _inside(out), (apart,) if by_products else (qkv, lse)
+
+
+def qkv_attention_training_backward(grad, out, kept, heads, scale):
+    """grad (B*N,H*D) and out (B,N,H*D), both contiguous -> dqkv (B,N,3*H*D)."""
+    grad = grad.view(out.shape)
+    if len(kept) == 1:
+        return qkv_attention_backward(grad, *kept, scale)
+    qkv, lse = kept
+    dqkv = torch.empty_like(qkv)
+    grad, out = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (grad, out))
+    attention_backward(grad, *_views(qkv, heads), out, lse, scale, *_views(dqkv, heads))
+    return dqkv
+
+
+def _views(qkv, heads):
+    """(B,N,3*H*D) -> its q, k and v as views (B,H,N,D)."""
     b, n, width = qkv.shape
-    q, k, v = qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
-    return attention_forward(q, k, v, scale, with_lse=False)[0].transpose(1, 2).view(b, n, width // 3)
+    return qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _apart(qkv, heads):
+    """The same, or one copy of them (3,B,H,N,D) where their products are made, forward and backward."""
+    n = qkv.shape[1]
+    if qkv.dtype == torch.bfloat16 and images_by_products(qkv, heads * n * n):
+        return heads_apart(qkv, heads)
+    return _views(qkv, heads)
+
+
+def _inside(out):
+    """out (B,H,N,D), laid out as (B,N,H,D) -> (B,N,H*D)."""
+    b, h, n, d = out.shape
+    return out.transpose(1, 2).view(b, n, h * d)

@@ -286,7 +286,10 @@ def qkv_attention_backward(grad, apart, scale):
     if images >= b:
         dapart = torch.empty_like(apart)
         _backward_by_products(
-            grad.reshape(b * h, n, d), *apart.view(3, b * h, n, d).unbind(), scale, *dapart.view(3, b * h, n, d).unbind()
+            grad.reshape(b * h, n, d),
+            *apart.view(3, b * h, n, d).unbind(),
+            scale,
+            *dapart.view(3, b * h, n, d).unbind(),
         )
         return dapart.permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
     dqkv = grad.new_empty(b, n, 3 * h * d)

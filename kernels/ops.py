@@ -354,14 +354,18 @@ for _op, _setup, _grad in (
 # torch.autograd.Function, in its older form, takes no more than PyTorch's own functions.
 
 
-def _mode():
-    """Whether a mode or a transform sees operators, or changes them: tracing, counting, fakes, autocast, ..."""
+def watching():
+    """Whether a mode or a transform sees operators, or changes them: tracing, counting, fakes, ..."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
     )
+
+
+def _mode():
+    """The same, or autocast."""
+    return watching() or torch._C._is_any_autocast_enabled()
 
 
 def _watched(args):
