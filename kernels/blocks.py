@@ -56,13 +56,6 @@ def _without_autocast():
     return torch.autocast("cpu", enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
-def _norm_linear(x, norm_weight, norm_bias, weight, bias, eps):
-    normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0]
-    if normed.dtype != weight.dtype:
-        normed = normed.to(weight.dtype)
-    return linear(normed, weight, bias, may_pack=False)
-
-
 def _block(between, backward_between, formula):
     """The Function of a block: between(z, how) -> what the last Linear takes, and what is kept for the backward pass;
     backward_between(its gradient, kept, how) -> dz; formula(z, how) is `between` in plain PyTorch."""
@@ -73,9 +66,12 @@ def _block(between, backward_between, formula):
             if dtype != x.dtype:
                 parameters = [p if p is None else p.to(dtype) for p in parameters]
             weight, bias, out_weight, out_bias = parameters
-            hidden, kept = between(_norm_linear(x, norm_weight, norm_bias, weight, bias, eps), how)
+            normed, mean, rstd = native.layer_norm(x, norm_weight, norm_bias, eps)
+            if normed.dtype != dtype:
+                normed = normed.to(dtype)
+            hidden, kept = between(linear(normed, weight, bias, may_pack=False), how)
             y = linear(hidden, out_weight, out_bias, may_pack=False)
-        ctx.save_for_backward(*inputs, weight, out_weight, hidden, *kept)
+        ctx.save_for_backward(*inputs, weight, out_weight, mean, rstd, hidden, *kept)
         ctx.dtype, ctx.eps, ctx.how = dtype, eps, how
         ctx.set_materialize_grads(False)
         return y
@@ -86,7 +82,7 @@ def _block(between, backward_between, formula):
         needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
         if torch.is_grad_enabled() or ops.watching():  # a gradient of this gradient may be to come
             return None, None, None, *_backward_of_formula(ctx, grad, needs, saved[:7])
-        x, norm_weight, norm_bias, _, _, _, _, weight, out_weight, hidden, *kept = saved
+        x, norm_weight, norm_bias, _, _, _, _, weight, out_weight, mean, rstd, hidden, *kept = saved
         with _without_autocast():
             dhidden, dout_weight, dout_bias = native.linear_backward(
                 grad.contiguous(), hidden, out_weight, any(needs[:5]), *needs[5:]
@@ -94,7 +90,9 @@ def _block(between, backward_between, formula):
             if dhidden is None:
                 return (None,) * 8 + (dout_weight, dout_bias)
             dz = backward_between(dhidden, hidden, kept, ctx.how)
-            grads = native.norm_linear_backward(dz, x, norm_weight, norm_bias, weight, ctx.eps, needs[:5])
+            grads = native.norm_linear_backward(
+                dz, x, norm_weight, norm_bias, weight, mean, rstd, ctx.eps, needs[:5]
+            )
         return None, None, None, *grads, dout_weight, dout_bias
 
     def _backward_of_formula(ctx, grad, needs, inputs):

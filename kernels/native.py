@@ -4,6 +4,8 @@ The same contracts as the Triton kernels: `attention_*` and `layer_norm_linear_*
 in attention.py and prenorm.py do, so that ops.py can choose either. Attention is in native_attention.py.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +15,9 @@ from .native_attention import (
     attention_forward,
     heads_apart,
     images_by_products,
+    keeps_map,
     qkv_attention_backward,
+    softmax_attention,
 )
 from .packed import GELU, linear, weight_grad
 
@@ -34,7 +38,7 @@ __all__ = [
 ]
 
 
-def _layer_norm(x, norm_weight, norm_bias, eps):
+def layer_norm(x, norm_weight, norm_bias, eps):
     """LayerNorm of x (...,K) in x's dtype, and mean and rstd (...,1) in fp32 (fp64 for fp64)."""
     acc = accumulator(x.dtype)
     if norm_weight.dtype != acc:  # in which PyTorch keeps the statistics
@@ -51,7 +55,7 @@ def layer_norm_linear_forward(
     x, norm_weight, norm_bias, weight, bias, eps, activation, save_preactivation, *, may_pack=True
 ):
     """x (...,K), weight (N,K) -> y (...,N), its pre-activation (...,N) or None, mean and rstd, of a row each."""
-    normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)
+    normed, mean, rstd = layer_norm(x, norm_weight, norm_bias, eps)
     if normed.dtype != weight.dtype:
         normed = normed.to(weight.dtype)
     if activation is None or not save_preactivation:
@@ -67,25 +71,43 @@ def layer_norm_linear_backward(
     if activation is not None:
         grad = torch.ops.aten.gelu_backward.default(grad, z, approximate=GELU[activation])
     needs = need_dx, need_dw, need_dw, need_dw, need_dw and bias is not None
-    dx, *dw = norm_linear_backward(grad, x, norm_weight, norm_bias, weight, eps, needs)
+    mean, rstd = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
+    dx, *dw = norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, eps, needs)
     return dx, tuple(dw) if need_dw else None
 
 
-def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, eps, needs):
+def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, eps, needs):
     """The gradients of layer_norm_linear's x, norm_weight, norm_bias, weight and bias, without an activation.
 
-    grad (...,N), x (...,K); `needs` says which; None where not needed. LayerNorm is computed again.
+    grad (...,N), x (...,K), mean and rstd (...,1); `needs` says which; None where not needed.
     """
     need_dx, *need_norm, need_dweight, need_dbias = needs
-    acc, k = accumulator(x.dtype), x.shape[-1]
-    gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
-    normed, mean, rstd = _layer_norm(x, gamma, beta, eps)
+    need_norm, k = any(need_norm), x.shape[-1]
     grad = grad.reshape(mean.numel(), weight.shape[0])
-    dx = dnorm_weight = dnorm_bias = None
-    if need_dx or any(need_norm):
+    dy = None
+    if need_dx or need_norm:
         # of one column, PyTorch's product sums term by term, and errs more
         dy = linear(grad, weight.t(), None, may_pack=False) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
         dy = dy.view(x.shape)
+    in_bf16 = x.is_cpu and x.dtype == weight.dtype == torch.bfloat16 and k > 1 and x.numel()
+    backward = _bf16_norm_backward if in_bf16 else _norm_backward
+    dx, dnorm_weight, dnorm_bias, normed = backward(
+        dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_dweight
+    )
+    dweight = None
+    if need_dweight:
+        if normed.dtype != weight.dtype:
+            normed = normed.to(weight.dtype)
+        dweight = weight_grad(grad, normed.view(mean.numel(), k))
+    return dx, dnorm_weight, dnorm_bias, dweight, grad.sum(0) if need_dbias else None
+
+
+def _norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_normed):
+    """dy, x (...,K) -> the gradients of x, norm_weight and norm_bias, and LayerNorm of x; None where not needed."""
+    acc, k = mean.dtype, x.shape[-1]
+    gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
+    dx = dnorm_weight = dnorm_bias = None
+    if need_dx or need_norm:
         if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
             dy = dy.to(acc)
         # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
@@ -93,18 +115,42 @@ def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, eps, needs):
         if acc == torch.float64:
             rows -= rows.mean(dim=-1, keepdim=True)
         dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
-            dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, any(need_norm), any(need_norm)]
+            dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, need_norm, need_norm]
         )
         if need_dx and dx.dtype != x.dtype:
             dx = dx.to(x.dtype)
-        if any(need_norm) and norm_weight.dtype != acc:
+        if need_norm and norm_weight.dtype != acc:
             dnorm_weight, dnorm_bias = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
-    dweight = None
-    if need_dweight:
-        if normed.dtype != weight.dtype:
-            normed = normed.to(weight.dtype)
-        dweight = weight_grad(grad, normed.view(mean.numel(), k))
-    return dx, dnorm_weight, dnorm_bias, dweight, grad.sum(0) if need_dbias else None
+    return dx, dnorm_weight, dnorm_bias, layer_norm(x, gamma, beta, eps)[0] if need_normed else None
+
+
+def _bf16_norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_normed):
+    """The same for bf16, with fewer copies in fp32: the operator above sums dnorm_weight and dnorm_bias in bf16, and
+    that of a BatchNorm of x̂ in fp32, which with mean 0 and variance 1 are the same sums."""
+    k = x.shape[-1]
+    dx = dnorm_weight = dnorm_bias = normed = None
+    if need_dx:
+        gamma = norm_weight if norm_weight.dtype == torch.float32 else norm_weight.float()
+        dx = torch.ops.aten.native_layer_norm_backward.default(
+            dy, x, (k,), mean, rstd, gamma, None, [True, False, False]
+        )[0]
+    if need_norm or need_normed:
+        xhat = torch.native_layer_norm(x, (k,), None, None, eps)[0]
+    if need_norm:
+        zeros, ones = _zeros_and_ones(k)
+        _, dnorm_weight, dnorm_bias = torch.ops.aten.native_batch_norm_backward.default(
+            dy.view(-1, k), xhat.view(-1, k), ones, zeros, ones, None, None, False, 0.0, [False, True, True]
+        )
+        if norm_weight.dtype != torch.float32:
+            dnorm_weight, dnorm_bias = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
+    if need_normed:
+        normed = torch.addcmul(norm_bias, xhat, norm_weight)
+    return dx, dnorm_weight, dnorm_bias, normed
+
+
+@cache
+def _zeros_and_ones(k):
+    return torch.zeros(k), torch.ones(k)
 
 
 def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
@@ -141,15 +187,19 @@ def qkv_attention_inference(qkv, heads, scale):
 def qkv_attention_training(qkv, heads, scale):
     """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D), and what its backward pass takes."""
     apart = _apart(qkv, heads)
-    by_products = isinstance(apart, torch.Tensor)
-    out, lse = attention_forward(*apart, scale, with_lse=not by_products)
-    return _inside(out), (apart,) if by_products else (qkv, lse)
+    if not isinstance(apart, torch.Tensor):
+        out, lse = attention_forward(*apart, scale)
+        return _inside(out), (qkv, lse)
+    if keeps_map(apart):
+        out, p = softmax_attention(*apart, scale)
+        return _inside(out), (apart, p)
+    return _inside(attention_forward(*apart, scale, with_lse=False)[0]), (apart, None)
 
 
 def qkv_attention_training_backward(grad, out, kept, heads, scale):
     """grad (B*N,H*D) and out (B,N,H*D), both contiguous -> dqkv (B,N,3*H*D)."""
     grad = grad.view(out.shape)
-    if len(kept) == 1:
+    if kept[0].dim() == 5:
         return qkv_attention_backward(grad, *kept, scale)
     qkv, lse = kept
     dqkv = torch.empty_like(qkv)

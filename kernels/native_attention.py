@@ -32,6 +32,7 @@ MOST_SUMMED = 400  # queries or keys in the backward pass in fp32
 SMALL_MAP = 2**19  # pairs of an image, below which few operators matter more than that each is fast
 PAIRS = 2**20  # in one map of the forward pass: 4 MB in fp32
 LEAST_ROWS = 64  # of queries in one map, so that products stay fast
+KEPT_KEYS = 4  # times the head dim, up to which blocks in training keep the map in bf16: a third more than q, k and v
 FAR = 32.0  # from 0: bf16 rounds such scores too much, and the fused operator keeps them in fp32
 
 # PyTorch's fused backward pass is slower in bf16 on a CPU than its products of matrices, which need two maps of all
@@ -153,17 +154,40 @@ def _by_softmax(k, v, factor):
 
     def of_rows(q, out, lse):
         n = q.shape[2]
-        p = _scaled_product(flat_k, q.reshape(b * h, n, d).transpose(1, 2), scale)
-        least, most = p.aminmax()
-        far = p.float().abs_().amax(1).view(b, h, n) if max(most.item(), -least.item()) > FAR else None
+        p, far = _softmax_map(q.reshape(b * h, n, d), flat_k, scale)
         if lse is not None:
             lse.fill_(torch.nan)  # the backward pass, by products too, needs none
-        torch.softmax(p, 1, out=p)
         out.copy_(torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d))
         if far is not None:
-            _replace_far(far, q, k, v, scale, out, None)
+            _replace_far(far.view(b, h, n), q, k, v, scale, out, None)
 
     return of_rows
+
+
+def _softmax_map(q, k, scale):
+    """q (G,Nq,D), k (G,Nk,D) -> softmax(scale q kᵀ) as (G,Nk,Nq), the largest |scores| (G,Nq) if one is beyond FAR."""
+    p = _scaled_product(k, q.transpose(1, 2), scale)
+    least, most = p.aminmax()
+    far = p.float().abs_().amax(1) if max(most.item(), -least.item()) > FAR else None
+    return torch.softmax(p, 1, out=p), far
+
+
+def keeps_map(apart):
+    """Whether the backward pass is to take the map that the forward pass made of q, k and v (3,B,H,N,D)."""
+    _, _, h, n, d = apart.shape
+    return n <= KEPT_KEYS * d and form(apart[0], apart[1]) == "softmax"
+
+
+def softmax_attention(q, k, v, scale):
+    """_by_softmax of all images at once, q, k and v (B,H,N,D), contiguous -> out, and the map (B*H,N,N) of keys, queries."""
+    b, h, n, d = q.shape
+    flat_q, flat_k, flat_v = (t.view(b * h, n, d) for t in (q, k, v))
+    p, far = _softmax_map(flat_q, flat_k, scale)
+    out = q.new_empty(b, n, h, d).transpose(1, 2)
+    out.copy_(torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d))
+    if far is not None:
+        _replace_far(far.view(b, h, n), q, k, v, scale, out, None)
+    return out, p
 
 
 def _by_products(k, v, factor):
@@ -266,7 +290,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     for grad_, *qkv_, dq_, dk_, dv_ in tensors:
         flat = [t.reshape(-1, *t.shape[2:]) for t in (grad_, *qkv_)]
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in flat[1:]]
-        _backward_by_products(*flat, scale, *grads)
+        _backward_by_products(*flat, None, scale, *grads)
         for d, g in zip((dq_, dk_, dv_), grads, strict=True):
             d.copy_(g.view(d.shape))
 
@@ -278,24 +302,23 @@ def heads_apart(qkv, heads):
     return inside.clone(memory_format=torch.contiguous_format)
 
 
-def qkv_attention_backward(grad, apart, scale):
-    """grad (B,N,H*D), q, k and v apart (3,B,H,N,D) -> dqkv (B,N,3*H*D), by products, for some images at a time."""
+def qkv_attention_backward(grad, apart, p, scale):
+    """grad (B,N,H*D), q, k and v apart (3,B,H,N,D) -> dqkv (B,N,3*H*D), by products, for some images at a time.
+
+    p is the map (B*H,N,N) of keys and queries, or None.
+    """
     _, b, h, n, d = apart.shape
     images = images_by_products(apart[0], h * n * n)
     grad = grad.view(b, n, h, d).transpose(1, 2)
-    if images >= b:
+    if images >= b or p is not None:
         dapart = torch.empty_like(apart)
-        _backward_by_products(
-            grad.reshape(b * h, n, d),
-            *apart.view(3, b * h, n, d).unbind(),
-            scale,
-            *dapart.view(3, b * h, n, d).unbind(),
-        )
+        qkv, dqkv = (t.view(3, b * h, n, d).unbind() for t in (apart, dapart))
+        _backward_by_products(grad.reshape(b * h, n, d), *qkv, p, scale, *dqkv)
         return dapart.permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
     dqkv = grad.new_empty(b, n, 3 * h * d)
     for i in range(0, b, images):
         some = slice(i, i + images)
-        dqkv[some] = qkv_attention_backward(grad[some].transpose(1, 2).flatten(2), apart[:, some], scale)
+        dqkv[some] = qkv_attention_backward(grad[some].transpose(1, 2).flatten(2), apart[:, some], None, scale)
     return dqkv
 
 
@@ -335,10 +358,14 @@ def _backward_by_convolutions(grad, q, k, v, out, lse, dq, dk, dv, scale):
     product(ds.permute(3, 1, 2, 0), as_transposed_weight(k), dq, scale)
 
 
-def _backward_by_products(grad, q, k, v, scale, dq, dk, dv):
-    """Write the gradients of q, k and v into dq, dk and dv, (B*H,N,D) all of them, with two maps (B*H,Nk,Nq)."""
-    p = _scaled_product(k, q.transpose(1, 2), scale)
-    torch.softmax(p, 1, out=p)
+def _backward_by_products(grad, q, k, v, p, scale, dq, dk, dv):
+    """Write the gradients of q, k and v into dq, dk and dv, (G,N,D) all of them, with two maps (G,Nk,Nq).
+
+    p, the map of the forward pass, is computed again if it is None.
+    """
+    if p is None:
+        p = _scaled_product(k, q.transpose(1, 2), scale)
+        torch.softmax(p, 1, out=p)
     ds = torch.bmm(v, grad.transpose(1, 2))
     torch.bmm(p, grad, out=dv)
     torch.ops.aten._softmax_backward_data.out(ds, p, 1, p.dtype, grad_input=ds)
