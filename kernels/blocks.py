@@ -56,57 +56,73 @@ def _without_autocast():
     return torch.autocast("cpu", enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
-def _block(between, backward_between, formula):
-    """The Function of a block: between(z, how) -> what the last Linear takes, and what is kept for the backward pass;
-    backward_between(its gradient, kept, how) -> dz; formula(z, how) is `between` in plain PyTorch."""
+class _AttentionBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return _forward(ctx, _attention, *args)
 
-    def forward(ctx, dtype, eps, how, *inputs):
-        x, norm_weight, norm_bias, *parameters = inputs
-        with _without_autocast():
-            if dtype != x.dtype:
-                parameters = [p if p is None else p.to(dtype) for p in parameters]
-            weight, bias, out_weight, out_bias = parameters
-            normed, mean, rstd = native.layer_norm(x, norm_weight, norm_bias, eps)
-            if normed.dtype != dtype:
-                normed = normed.to(dtype)
-            hidden, kept = between(linear(normed, weight, bias, may_pack=False), how)
-            y = linear(hidden, out_weight, out_bias, may_pack=False)
-        ctx.save_for_backward(*inputs, weight, out_weight, mean, rstd, hidden, *kept)
-        ctx.dtype, ctx.eps, ctx.how = dtype, eps, how
-        ctx.set_materialize_grads(False)
-        return y
-
+    @staticmethod
     def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 10
-        needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
-        if torch.is_grad_enabled() or ops.watching():  # a gradient of this gradient may be to come
-            return None, None, None, *_backward_of_formula(ctx, grad, needs, saved[:7])
-        x, norm_weight, norm_bias, _, _, _, _, weight, out_weight, mean, rstd, hidden, *kept = saved
-        with _without_autocast():
-            dhidden, dout_weight, dout_bias = native.linear_backward(
-                grad.contiguous(), hidden, out_weight, any(needs[:5]), *needs[5:]
-            )
-            if dhidden is None:
-                return (None,) * 8 + (dout_weight, dout_bias)
-            dz = backward_between(dhidden, hidden, kept, ctx.how)
-            grads = native.norm_linear_backward(
-                dz, x, norm_weight, norm_bias, weight, mean, rstd, ctx.eps, needs[:5]
-            )
-        return None, None, None, *grads, dout_weight, dout_bias
+        return _backward(ctx, grad, _attention_backward, _attention_formula)
 
-    def _backward_of_formula(ctx, grad, needs, inputs):
-        with torch.enable_grad(), _without_autocast():
-            x, norm_weight, norm_bias, *parameters = inputs
-            normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, ctx.eps).to(ctx.dtype)
-            weight, bias, out_weight, out_bias = (p if p is None else p.to(ctx.dtype) for p in parameters)
-            y = F.linear(formula(F.linear(normed, weight, bias), ctx.how), out_weight, out_bias)
-            wrt = [t for t, need in zip(inputs, needs, strict=True) if need]
-            grads = iter(torch.autograd.grad(y, wrt, grad, create_graph=True))
-        return [next(grads) if need else None for need in needs]
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(between.__name__, (torch.autograd.Function,), members)
+class _FeedForwardBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return _forward(ctx, _gelu, *args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad, _gelu_backward, _gelu_formula)
+
+
+def _forward(ctx, between, dtype, eps, how, *inputs):
+    """y; between(z, how) gives what the last Linear takes, and what is kept for the backward pass."""
+    x, norm_weight, norm_bias, *parameters = inputs
+    with _without_autocast():
+        if dtype != x.dtype:
+            parameters = [p if p is None else p.to(dtype) for p in parameters]
+        weight, bias, out_weight, out_bias = parameters
+        normed, mean, rstd = native.layer_norm(x, norm_weight, norm_bias, eps)
+        if normed.dtype != dtype:
+            normed = normed.to(dtype)
+        hidden, kept = between(linear(normed, weight, bias, may_pack=False), how)
+        y = linear(hidden, out_weight, out_bias, may_pack=False)
+    ctx.save_for_backward(*inputs, weight, out_weight, mean, rstd, hidden, *kept)
+    ctx.dtype, ctx.eps, ctx.how = dtype, eps, how
+    ctx.set_materialize_grads(False)
+    return y
+
+
+def _backward(ctx, grad, backward_between, formula):
+    """The gradients of _forward's arguments; backward_between(that of hidden, hidden, kept, how) gives that of z."""
+    if grad is None:
+        return (None,) * 10
+    needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+    if torch.is_grad_enabled() or ops.watching():  # a gradient of this gradient may be to come
+        return None, None, None, *_backward_of_formula(ctx, grad, needs, saved[:7], formula)
+    x, norm_weight, norm_bias, _, _, _, _, weight, out_weight, mean, rstd, hidden, *kept = saved
+    with _without_autocast():
+        dhidden, dout_weight, dout_bias = native.linear_backward(
+            grad.contiguous(), hidden, out_weight, any(needs[:5]), *needs[5:]
+        )
+        if dhidden is None:
+            return *(None,) * 8, dout_weight, dout_bias
+        dz = backward_between(dhidden, hidden, kept, ctx.how)
+        grads = native.norm_linear_backward(dz, x, norm_weight, norm_bias, weight, mean, rstd, ctx.eps, needs[:5])
+    return None, None, None, *grads, dout_weight, dout_bias
+
+
+def _backward_of_formula(ctx, grad, needs, inputs, formula):
+    """The gradients of the seven inputs, differentiable, through plain PyTorch; formula(z, how) is `between` in it."""
+    with torch.enable_grad(), _without_autocast():
+        x, norm_weight, norm_bias, *parameters = inputs
+        normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, ctx.eps).to(ctx.dtype)
+        weight, bias, out_weight, out_bias = (p if p is None else p.to(ctx.dtype) for p in parameters)
+        y = F.linear(formula(F.linear(normed, weight, bias), ctx.how), out_weight, out_bias)
+        wrt = [t for t, need in zip(inputs, needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(y, wrt, grad, create_graph=True))
+    return [next(grads) if need else None for need in needs]
 
 
 def _attention(qkv, how):
@@ -132,7 +148,3 @@ def _gelu_backward(grad, _, kept, activation):
 
 def _gelu_formula(z, activation):
     return F.gelu(z, approximate=GELU[activation])
-
-
-_AttentionBlock = _block(_attention, _attention_backward, _attention_formula)
-_FeedForwardBlock = _block(_gelu, _gelu_backward, _gelu_formula)

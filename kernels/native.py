@@ -18,6 +18,7 @@ from .native_attention import (
     keeps_map,
     qkv_attention_backward,
     softmax_attention,
+    softmax_attention_backward,
 )
 from .packed import GELU, linear, weight_grad
 
@@ -73,13 +74,18 @@ def layer_norm_linear_backward(
     needs = need_dx, need_dw, need_dw, need_dw, need_dw and bias is not None
     mean, rstd = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
     dx, *dw = norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, eps, needs)
+    if need_dx and dx.dtype != x.dtype:
+        dx = dx.to(x.dtype)
+    if need_dw and dw[0].dtype != norm_weight.dtype:
+        dw[:2] = (t.to(norm_weight.dtype) for t in dw[:2])
     return dx, tuple(dw) if need_dw else None
 
 
 def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, eps, needs):
     """The gradients of layer_norm_linear's x, norm_weight, norm_bias, weight and bias, without an activation.
 
-    grad (...,N), x (...,K), mean and rstd (...,1); `needs` says which; None where not needed.
+    grad (...,N), x (...,K), mean and rstd (...,1); `needs` says which; None where not needed. The gradients of x,
+    norm_weight and norm_bias may be in the dtype of mean.
     """
     need_dx, *need_norm, need_dweight, need_dbias = needs
     need_norm, k = any(need_norm), x.shape[-1]
@@ -117,10 +123,6 @@ def _norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need
         dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
             dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, need_norm, need_norm]
         )
-        if need_dx and dx.dtype != x.dtype:
-            dx = dx.to(x.dtype)
-        if need_norm and norm_weight.dtype != acc:
-            dnorm_weight, dnorm_bias = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
     return dx, dnorm_weight, dnorm_bias, layer_norm(x, gamma, beta, eps)[0] if need_normed else None
 
 
@@ -141,8 +143,6 @@ def _bf16_norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx,
         _, dnorm_weight, dnorm_bias = torch.ops.aten.native_batch_norm_backward.default(
             dy.view(-1, k), xhat.view(-1, k), ones, zeros, ones, None, None, False, 0.0, [False, True, True]
         )
-        if norm_weight.dtype != torch.float32:
-            dnorm_weight, dnorm_bias = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
     if need_normed:
         normed = torch.addcmul(norm_bias, xhat, norm_weight)
     return dx, dnorm_weight, dnorm_bias, normed
@@ -186,20 +186,25 @@ def qkv_attention_inference(qkv, heads, scale):
 
 def qkv_attention_training(qkv, heads, scale):
     """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D), and what its backward pass takes."""
+    b, n, width = qkv.shape
     apart = _apart(qkv, heads)
     if not isinstance(apart, torch.Tensor):
         out, lse = attention_forward(*apart, scale)
         return _inside(out), (qkv, lse)
-    if keeps_map(apart):
-        out, p = softmax_attention(*apart, scale)
-        return _inside(out), (apart, p)
-    return _inside(attention_forward(*apart, scale, with_lse=False)[0]), (apart, None)
+    q, k, v = apart.unbind()
+    if not keeps_map(q):
+        return _inside(attention_forward(q, k, v, scale, with_lse=False)[0]), (apart,)
+    out, *kept = softmax_attention(q, k, v, scale)
+    return out.view(b, n, width // 3), kept
 
 
 def qkv_attention_training_backward(grad, out, kept, heads, scale):
     """grad (B*N,H*D) and out (B,N,H*D), both contiguous -> dqkv (B,N,3*H*D)."""
+    b, n, width = out.shape
+    if len(kept) == 4:
+        return softmax_attention_backward(grad.view(b, n, heads, width // heads), *kept, scale)
     grad = grad.view(out.shape)
-    if kept[0].dim() == 5:
+    if len(kept) == 1:
         return qkv_attention_backward(grad, *kept, scale)
     qkv, lse = kept
     dqkv = torch.empty_like(qkv)

@@ -172,22 +172,29 @@ def _softmax_map(q, k, scale):
     return torch.softmax(p, 1, out=p), far
 
 
-def keeps_map(apart):
-    """Whether the backward pass is to take the map that the forward pass made of q, k and v (3,B,H,N,D)."""
-    _, _, h, n, d = apart.shape
-    return n <= KEPT_KEYS * d and form(apart[0], apart[1]) == "softmax"
+def keeps_map(q):
+    """Whether blocks in training keep the map of q (B,H,N,D) and as many keys, for the backward pass."""
+    return q.shape[2] <= KEPT_KEYS * q.shape[3] and form(q, q) == "softmax"
 
 
 def softmax_attention(q, k, v, scale):
-    """_by_softmax of all images at once, q, k and v (B,H,N,D), contiguous -> out, and the map (B*H,N,N) of keys, queries."""
+    """_by_softmax for all images at once: q, k and v (B,H,N,D), contiguous -> out (B,N,H,D), and for the backward pass
+    q, k and v as (B*H,N,D) and the map (B*H,N,N) of keys and queries."""
     b, h, n, d = q.shape
-    flat_q, flat_k, flat_v = (t.view(b * h, n, d) for t in (q, k, v))
+    flat_q, flat_k, flat_v = q.view(b * h, n, d), k.view(b * h, n, d), v.view(b * h, n, d)
     p, far = _softmax_map(flat_q, flat_k, scale)
-    out = q.new_empty(b, n, h, d).transpose(1, 2)
-    out.copy_(torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d))
+    out = torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d).transpose(1, 2).contiguous()
     if far is not None:
-        _replace_far(far.view(b, h, n), q, k, v, scale, out, None)
-    return out, p
+        _replace_far(far.view(b, h, n), q, k, v, scale, out.transpose(1, 2), None)
+    return out, flat_q, flat_k, flat_v, p
+
+
+def softmax_attention_backward(grad, q, k, v, p, scale):
+    """grad (B,N,H,D), q, k and v (B*H,N,D), their map p (B*H,N,N) -> dqkv (B,N,3*H*D)."""
+    b, n, h, d = grad.shape
+    dqkv = q.new_empty(3, b * h, n, d)
+    _backward_by_products(grad.transpose(1, 2).reshape(b * h, n, d), q, k, v, p, scale, *dqkv.unbind())
+    return dqkv.view(3, b, h, n, d).permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
 
 
 def _by_products(k, v, factor):
@@ -302,24 +309,17 @@ def heads_apart(qkv, heads):
     return inside.clone(memory_format=torch.contiguous_format)
 
 
-def qkv_attention_backward(grad, apart, p, scale):
-    """grad (B,N,H*D), q, k and v apart (3,B,H,N,D) -> dqkv (B,N,3*H*D), by products, for some images at a time.
-
-    p is the map (B*H,N,N) of keys and queries, or None.
-    """
+def qkv_attention_backward(grad, apart, scale):
+    """grad (B,N,H*D), q, k and v apart (3,B,H,N,D) -> dqkv (B,N,3*H*D), by products, for some images at a time."""
     _, b, h, n, d = apart.shape
     images = images_by_products(apart[0], h * n * n)
+    dapart = torch.empty_like(apart)
     grad = grad.view(b, n, h, d).transpose(1, 2)
-    if images >= b or p is not None:
-        dapart = torch.empty_like(apart)
-        qkv, dqkv = (t.view(3, b * h, n, d).unbind() for t in (apart, dapart))
-        _backward_by_products(grad.reshape(b * h, n, d), *qkv, p, scale, *dqkv)
-        return dapart.permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
-    dqkv = grad.new_empty(b, n, 3 * h * d)
     for i in range(0, b, images):
         some = slice(i, i + images)
-        dqkv[some] = qkv_attention_backward(grad[some].transpose(1, 2).flatten(2), apart[:, some], None, scale)
-    return dqkv
+        flat = [t[:, some].flatten(1, 2).unbind() for t in (apart, dapart)]
+        _backward_by_products(grad[some].reshape(-1, n, d), *flat[0], None, scale, *flat[1])
+    return dapart.permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
 
 
 def images_by_products(q, pairs):

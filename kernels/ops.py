@@ -115,7 +115,7 @@ def _qkv_attention_backward(grad, qkv, out, lse, heads, scale, backend):
     b, n, width = qkv.shape
     natively = b and n > 1 and width and not takes_triton(backend, qkv)
     if natively and native.images_by_products(qkv, heads * n * n):
-        return native.qkv_attention_backward(grad, native.heads_apart(qkv, heads), None, scale)
+        return native.qkv_attention_backward(grad, native.heads_apart(qkv, heads), scale)
     dqkv = qkv.new_empty(qkv.shape)
     grad, out = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (grad, out))
     _attention_into(grad, *_split(qkv, heads), out, lse, scale, backend, _split(dqkv, heads))
