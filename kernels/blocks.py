@@ -99,7 +99,8 @@ def _backward(ctx, grad, backward_between, formula):
     if grad is None:
         return (None,) * 10
     needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
-    if torch.is_grad_enabled() or ops.watching():  # a gradient of this gradient may be to come
+    if torch.is_grad_enabled() or ops.watching() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        # a gradient of this gradient may be to come, or this is a batch of them
         return None, None, None, *_backward_of_formula(ctx, grad, needs, saved[:7], formula)
     x, norm_weight, norm_bias, _, _, _, _, weight, out_weight, mean, rstd, hidden, *kept = saved
     with _without_autocast():
