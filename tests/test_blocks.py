@@ -1,4 +1,4 @@
-"""Whole pre-norm blocks in training on a CPU, at a ViT's sizes: numbers, what is kept, and what may be asked of them."""
+"""Whole pre-norm blocks in training on a CPU, at a ViT's sizes: numbers, what is kept, what may be asked of them."""
 
 import pytest
 import torch
