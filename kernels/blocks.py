@@ -83,12 +83,13 @@ def _forward(ctx, between, dtype, eps, how, *inputs):
         if dtype != x.dtype:
             parameters = [p if p is None else p.to(dtype) for p in parameters]
         weight, bias, out_weight, out_bias = parameters
-        normed, mean, rstd = native.layer_norm(x, norm_weight, norm_bias, eps)
+        normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0]
         if normed.dtype != dtype:
             normed = normed.to(dtype)
         hidden, kept = between(linear(normed, weight, bias, may_pack=False), how)
         y = linear(hidden, out_weight, out_bias, may_pack=False)
-    ctx.save_for_backward(*inputs, weight, out_weight, mean, rstd, hidden, *kept)
+    cast = (weight, out_weight) if dtype != x.dtype else ()
+    ctx.save_for_backward(*inputs, hidden, *cast, *kept)
     ctx.dtype, ctx.eps, ctx.how = dtype, eps, how
     ctx.set_materialize_grads(False)
     return y
@@ -102,7 +103,9 @@ def _backward(ctx, grad, backward_between, formula):
     if torch.is_grad_enabled() or ops.watching() or torch._C._functorch.is_legacy_batchedtensor(grad):
         # a gradient of this gradient may be to come, or this is a batch of them
         return None, None, None, *_backward_of_formula(ctx, grad, needs, saved[:7], formula)
-    x, norm_weight, norm_bias, _, _, _, _, weight, out_weight, mean, rstd, hidden, *kept = saved
+    x, norm_weight, norm_bias, weight, _, out_weight, _, hidden, *kept = saved
+    if ctx.dtype != x.dtype:
+        weight, out_weight, *kept = kept
     with _without_autocast():
         dhidden, dout_weight, dout_bias = native.linear_backward(
             grad.contiguous(), hidden, out_weight, any(needs[:5]), *needs[5:]
@@ -110,7 +113,7 @@ def _backward(ctx, grad, backward_between, formula):
         if dhidden is None:
             return *(None,) * 8, dout_weight, dout_bias
         dz = backward_between(dhidden, hidden, kept, ctx.how)
-        grads = native.norm_linear_backward(dz, x, norm_weight, norm_bias, weight, mean, rstd, ctx.eps, needs[:5])
+        grads = native.norm_linear_backward(dz, x, norm_weight, norm_bias, weight, None, None, ctx.eps, needs[:5])
     return None, None, None, *grads, dout_weight, dout_bias
 
 

@@ -84,12 +84,12 @@ def layer_norm_linear_backward(
 def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, eps, needs):
     """The gradients of layer_norm_linear's x, norm_weight, norm_bias, weight and bias, without an activation.
 
-    grad (...,N), x (...,K), mean and rstd (...,1); `needs` says which; None where not needed. The gradients of x,
-    norm_weight and norm_bias may be in the dtype of mean.
+    grad (...,N), x (...,K), mean and rstd (...,1), or None; `needs` says which; None where not needed. The gradients of
+    x, norm_weight and norm_bias may be in the dtype that mean has.
     """
     need_dx, *need_norm, need_dweight, need_dbias = needs
     need_norm, k = any(need_norm), x.shape[-1]
-    grad = grad.reshape(mean.numel(), weight.shape[0])
+    grad = grad.reshape(x.numel() // k, weight.shape[0])
     dy = None
     if need_dx or need_norm:
         # of one column, PyTorch's product sums term by term, and errs more
@@ -104,15 +104,17 @@ def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, ep
     if need_dweight:
         if normed.dtype != weight.dtype:
             normed = normed.to(weight.dtype)
-        dweight = weight_grad(grad, normed.view(mean.numel(), k))
+        dweight = weight_grad(grad, normed.view(len(grad), k))
     return dx, dnorm_weight, dnorm_bias, dweight, grad.sum(0) if need_dbias else None
 
 
 def _norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_normed):
     """dy, x (...,K) -> the gradients of x, norm_weight and norm_bias, and LayerNorm of x; None where not needed."""
-    acc, k = mean.dtype, x.shape[-1]
+    acc, k = accumulator(x.dtype), x.shape[-1]
     gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
-    dx = dnorm_weight = dnorm_bias = None
+    dx = dnorm_weight = dnorm_bias = normed = None
+    if need_normed or mean is None:
+        normed, mean, rstd = layer_norm(x, gamma, beta, eps)
     if need_dx or need_norm:
         if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
             dy = dy.to(acc)
@@ -123,23 +125,22 @@ def _norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need
         dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
             dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, need_norm, need_norm]
         )
-    return dx, dnorm_weight, dnorm_bias, layer_norm(x, gamma, beta, eps)[0] if need_normed else None
+    return dx, dnorm_weight, dnorm_bias, normed
 
 
 def _bf16_norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_normed):
     """The same for bf16, with fewer copies in fp32: the operator above sums dnorm_weight and dnorm_bias in bf16, and
     that of a BatchNorm of x̂ in fp32, which with mean 0 and variance 1 are the same sums."""
     k = x.shape[-1]
+    zeros, ones = _zeros_and_ones(k)
     dx = dnorm_weight = dnorm_bias = normed = None
+    xhat, mean, rstd = torch.native_layer_norm(x, (k,), ones, zeros, eps)  # mean and rstd in fp32, as these are
     if need_dx:
         gamma = norm_weight if norm_weight.dtype == torch.float32 else norm_weight.float()
         dx = torch.ops.aten.native_layer_norm_backward.default(
             dy, x, (k,), mean, rstd, gamma, None, [True, False, False]
         )[0]
-    if need_norm or need_normed:
-        xhat = torch.native_layer_norm(x, (k,), None, None, eps)[0]
     if need_norm:
-        zeros, ones = _zeros_and_ones(k)
         _, dnorm_weight, dnorm_bias = torch.ops.aten.native_batch_norm_backward.default(
             dy.view(-1, k), xhat.view(-1, k), ones, zeros, ones, None, None, False, 0.0, [False, True, True]
         )

@@ -220,7 +220,7 @@ def _by_products(k, v, factor):
 def _scaled_product(a, b, scale, into=None):
     """scale a b, of matrices a (G,M,K) and b (G,K,N), rounded once; into (G,M,N) or a new tensor."""
     into = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if into is None else into
-    if not scale:  # of which oneDNN makes 1
+    if abs(scale) < 1e-30:  # with 0 in fp32, baddbmm_ leaves `into` as it is
         return torch.bmm(a, b, out=into).mul_(scale)
     return into.baddbmm_(a, b, beta=0, alpha=scale)
 
