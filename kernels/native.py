@@ -187,16 +187,14 @@ def qkv_attention_inference(qkv, heads, scale):
 
 def qkv_attention_training(qkv, heads, scale):
     """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D), and what its backward pass takes."""
-    b, n, width = qkv.shape
+    if keeps_map(_views(qkv, heads)[0]):
+        out, *kept = softmax_attention(*heads_apart(qkv, heads).unbind(), scale)
+        return out.view(*qkv.shape[:2], -1), kept
     apart = _apart(qkv, heads)
-    if not isinstance(apart, torch.Tensor):
-        out, lse = attention_forward(*apart, scale)
-        return _inside(out), (qkv, lse)
-    q, k, v = apart.unbind()
-    if not keeps_map(q):
-        return _inside(attention_forward(q, k, v, scale, with_lse=False)[0]), (apart,)
-    out, *kept = softmax_attention(q, k, v, scale)
-    return out.view(b, n, width // 3), kept
+    if isinstance(apart, torch.Tensor):
+        return _inside(attention_forward(*apart, scale, with_lse=False)[0]), (apart,)
+    out, lse = attention_forward(*apart, scale)
+    return _inside(out), (qkv, lse)
 
 
 def qkv_attention_training_backward(grad, out, kept, heads, scale):

@@ -173,8 +173,12 @@ def _softmax_map(q, k, scale):
 
 
 def keeps_map(q):
-    """Whether blocks in training keep the map of q (B,H,N,D) and as many keys, for the backward pass."""
-    return q.shape[2] <= KEPT_KEYS * q.shape[3] and form(q, q) == "softmax"
+    """Whether blocks in training keep the map of q (B,H,N,D) and as many keys, for the backward pass.
+
+    So forward and backward together take two thirds of the time, where compiled attention is the faster forward too.
+    """
+    few = q.dtype == torch.bfloat16 and q.is_cpu and q.shape[2] <= KEPT_KEYS * q.shape[3]
+    return few and forced != "compiled" and form_of_pytorch(q, q) == "softmax"
 
 
 def softmax_attention(q, k, v, scale):
