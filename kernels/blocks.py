@@ -6,8 +6,8 @@
 They are what the public functions and F.linear give, one after the other, each of which costs tens of microseconds in
 Python and in autograd, as long as a product of a small ViT takes, and copies what the next one copies again. Kept for
 the backward pass: the inputs (and what autocast cast of them), q, k and v, what attention gives, what GELU takes and
-gives; in bf16 the map of attention too, where it is little beside q, k and v (native_attention.keeps_map): the functions
-never keep one, and making it twice costs 3 to 5% of a training step. Nothing is checked here: see vit/modules.py.
+gives; in bf16 the map of attention too, where it is little beside q, k and v (native_attention.keeps_map): functions
+never keep it, and making it twice costs 3 to 5% of a training step. Nothing is checked here: see vit/modules.py.
 """
 
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from . import native, ops, reference
+from . import native, ops
 from .backend import chosen_backend, takes_triton
 from .packed import GELU, linear
 
@@ -140,7 +140,9 @@ def _attention_backward(grad, out, kept, how):
 
 def _attention_formula(qkv, how):
     heads, scale = how
-    return reference.qkv_attention(qkv, heads, scale=scale)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+    dots = torch.matmul(q, k.transpose(-1, -2)) * scale
+    return torch.matmul(dots.softmax(dim=-1), v).transpose(1, 2).flatten(2)
 
 
 def _gelu(z, activation):
