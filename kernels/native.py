@@ -4,6 +4,8 @@ The same contracts as the Triton kernels: `attention_*` and `layer_norm_linear_*
 in attention.py and prenorm.py do, so that ops.py can choose either. Attention is in native_attention.py.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -11,25 +13,33 @@ from .launch import accumulator
 from .native_attention import (
     attention_backward,
     attention_forward,
+    heads_apart,
     images_by_products,
+    keeps_map,
     qkv_attention_backward,
+    softmax_attention,
+    softmax_attention_backward,
 )
 from .packed import GELU, linear, weight_grad
 
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "heads_apart",
     "images_by_products",
     "layer_norm_linear_backward",
     "layer_norm_linear_forward",
     "layer_norm_linear_inference",
     "linear_backward",
+    "norm_linear_backward",
     "qkv_attention_backward",
     "qkv_attention_inference",
+    "qkv_attention_training",
+    "qkv_attention_training_backward",
 ]
 
 
-def _layer_norm(x, norm_weight, norm_bias, eps):
+def layer_norm(x, norm_weight, norm_bias, eps):
     """LayerNorm of x (...,K) in x's dtype, and mean and rstd (...,1) in fp32 (fp64 for fp64)."""
     acc = accumulator(x.dtype)
     if norm_weight.dtype != acc:  # in which PyTorch keeps the statistics
@@ -46,7 +56,7 @@ def layer_norm_linear_forward(
     x, norm_weight, norm_bias, weight, bias, eps, activation, save_preactivation, *, may_pack=True
 ):
     """x (...,K), weight (N,K) -> y (...,N), its pre-activation (...,N) or None, mean and rstd, of a row each."""
-    normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)
+    normed, mean, rstd = layer_norm(x, norm_weight, norm_bias, eps)
     if normed.dtype != weight.dtype:
         normed = normed.to(weight.dtype)
     if activation is None or not save_preactivation:
@@ -61,32 +71,87 @@ def layer_norm_linear_backward(
     """grad, z (...,N), x (...,K) -> dx (...,K) or None, (dnorm_weight, dnorm_bias, dweight, dbias) or None."""
     if activation is not None:
         grad = torch.ops.aten.gelu_backward.default(grad, z, approximate=GELU[activation])
-    acc, k = mean.dtype, x.shape[-1]
-    gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
-    grad = grad.reshape(mean.numel(), weight.shape[0])
-    # of one column, PyTorch's product sums term by term, and errs more
-    dy = linear(grad, weight.t(), None, may_pack=False) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
-    dy = dy.view(x.shape)
-    if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
-        dy = dy.to(acc)
-    # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
-    rows, mean = x - mean.view(*x.shape[:-1], 1), torch.zeros_like(mean)
-    if acc == torch.float64:
-        rows -= rows.mean(dim=-1, keepdim=True)
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
-        dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, need_dw, need_dw]
-    )
+    needs = need_dx, need_dw, need_dw, need_dw, need_dw and bias is not None
+    mean, rstd = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
+    dx, *dw = norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, eps, needs)
     if need_dx and dx.dtype != x.dtype:
         dx = dx.to(x.dtype)
-    if not need_dw:
-        return dx, None
-    if norm_weight.dtype != acc:
-        dnorm_weight, dnorm_bias = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
-    normed = _layer_norm(x, gamma, beta, eps)[0]
-    if normed.dtype != weight.dtype:
-        normed = normed.to(weight.dtype)
-    dweight = weight_grad(grad, normed.view(mean.numel(), k))
-    return dx, (dnorm_weight, dnorm_bias, dweight, None if bias is None else grad.sum(0))
+    if need_dw and dw[0].dtype != norm_weight.dtype:
+        dw[:2] = (t.to(norm_weight.dtype) for t in dw[:2])
+    return dx, tuple(dw) if need_dw else None
+
+
+def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, eps, needs):
+    """The gradients of layer_norm_linear's x, norm_weight, norm_bias, weight and bias, without an activation.
+
+    grad (...,N), x (...,K), mean and rstd (...,1), or None; `needs` says which; None where not needed. The gradients of
+    x, norm_weight and norm_bias may be in the dtype that mean has.
+    """
+    need_dx, *need_norm, need_dweight, need_dbias = needs
+    need_norm, k = any(need_norm), x.shape[-1]
+    grad = grad.reshape(x.numel() // k, weight.shape[0])
+    dy = None
+    if need_dx or need_norm:
+        # of one column, PyTorch's product sums term by term, and errs more
+        dy = linear(grad, weight.t(), None, may_pack=False) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
+        dy = dy.view(x.shape)
+    in_bf16 = x.is_cpu and x.dtype == weight.dtype == torch.bfloat16 and k > 1 and x.numel()
+    backward = _bf16_norm_backward if in_bf16 else _norm_backward
+    dx, dnorm_weight, dnorm_bias, normed = backward(
+        dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_dweight
+    )
+    dweight = None
+    if need_dweight:
+        if normed.dtype != weight.dtype:
+            normed = normed.to(weight.dtype)
+        dweight = weight_grad(grad, normed.view(len(grad), k))
+    return dx, dnorm_weight, dnorm_bias, dweight, grad.sum(0) if need_dbias else None
+
+
+def _norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_normed):
+    """dy, x (...,K) -> the gradients of x, norm_weight and norm_bias, and LayerNorm of x; None where not needed."""
+    acc, k = accumulator(x.dtype), x.shape[-1]
+    gamma, beta = (norm_weight, norm_bias) if norm_weight.dtype == acc else (norm_weight.to(acc), norm_bias.to(acc))
+    dx = dnorm_weight = dnorm_bias = normed = None
+    if need_normed or mean is None:
+        normed, mean, rstd = layer_norm(x, gamma, beta, eps)
+    if need_dx or need_norm:
+        if dy.dtype != acc:  # PyTorch's operator sums in its inputs' dtype
+            dy = dy.to(acc)
+        # its sums would cancel where |mean| is large beside the spread: it gets rows whose mean is 0, in dtype acc
+        rows, mean = x - mean, torch.zeros_like(mean)
+        if acc == torch.float64:
+            rows -= rows.mean(dim=-1, keepdim=True)
+        dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward.default(
+            dy, rows, (k,), mean, rstd, gamma, beta, [need_dx, need_norm, need_norm]
+        )
+    return dx, dnorm_weight, dnorm_bias, normed
+
+
+def _bf16_norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_normed):
+    """The same for bf16, with fewer copies in fp32: the operator above sums dnorm_weight and dnorm_bias in bf16, and
+    that of a BatchNorm of x̂ in fp32, which with mean 0 and variance 1 are the same sums."""
+    k = x.shape[-1]
+    zeros, ones = _zeros_and_ones(k)
+    dx = dnorm_weight = dnorm_bias = normed = None
+    xhat, mean, rstd = torch.native_layer_norm(x, (k,), ones, zeros, eps)  # mean and rstd in fp32, as these are
+    if need_dx:
+        gamma = norm_weight if norm_weight.dtype == torch.float32 else norm_weight.float()
+        dx = torch.ops.aten.native_layer_norm_backward.default(
+            dy, x, (k,), mean, rstd, gamma, None, [True, False, False]
+        )[0]
+    if need_norm:
+        _, dnorm_weight, dnorm_bias = torch.ops.aten.native_batch_norm_backward.default(
+            dy.view(-1, k), xhat.view(-1, k), ones, zeros, ones, None, None, False, 0.0, [False, True, True]
+        )
+    if need_normed:
+        normed = torch.addcmul(norm_bias, xhat, norm_weight)
+    return dx, dnorm_weight, dnorm_bias, normed
+
+
+@cache
+def _zeros_and_ones(k):
+    return torch.zeros(k), torch.ones(k)
 
 
 def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
@@ -113,6 +178,55 @@ def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, ac
 
 def qkv_attention_inference(qkv, heads, scale):
     """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D)."""
+    return _inside(attention_forward(*_apart(qkv, heads), scale, with_lse=False)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For blocks in training: see blocks.py. N is 2 at least.
+
+
+def qkv_attention_training(qkv, heads, scale):
+    """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D), and what its backward pass takes."""
+    if keeps_map(_views(qkv, heads)[0]):
+        out, *kept = softmax_attention(*heads_apart(qkv, heads).unbind(), scale)
+        return out.view(*qkv.shape[:2], -1), kept
+    apart = _apart(qkv, heads)
+    if isinstance(apart, torch.Tensor):
+        return _inside(attention_forward(*apart, scale, with_lse=False)[0]), (apart,)
+    out, lse = attention_forward(*apart, scale)
+    return _inside(out), (qkv, lse)
+
+
+def qkv_attention_training_backward(grad, out, kept, heads, scale):
+    """grad (B*N,H*D) and out (B,N,H*D), both contiguous -> dqkv (B,N,3*H*D)."""
+    b, n, width = out.shape
+    if len(kept) == 4:
+        return softmax_attention_backward(grad.view(b, n, heads, width // heads), *kept, scale)
+    grad = grad.view(out.shape)
+    if len(kept) == 1:
+        return qkv_attention_backward(grad, *kept, scale)
+    qkv, lse = kept
+    dqkv = torch.empty_like(qkv)
+    grad, out = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (grad, out))
+    attention_backward(grad, *_views(qkv, heads), out, lse, scale, *_views(dqkv, heads))
+    return dqkv
+
+
+def _views(qkv, heads):
+    """(B,N,3*H*D) -> its q, k and v as views (B,H,N,D)."""
     b, n, width = qkv.shape
-    q, k, v = qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
-    return attention_forward(q, k, v, scale, with_lse=False)[0].transpose(1, 2).view(b, n, width // 3)
+    return qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _apart(qkv, heads):
+    """The same, or one copy of them (3,B,H,N,D) where their products are made, forward and backward."""
+    n = qkv.shape[1]
+    if qkv.dtype == torch.bfloat16 and images_by_products(qkv, heads * n * n):
+        return heads_apart(qkv, heads)
+    return _views(qkv, heads)
+
+
+def _inside(out):
+    """out (B,H,N,D), laid out as (B,N,H,D) -> (B,N,H*D)."""
+    b, h, n, d = out.shape
+    return out.transpose(1, 2).view(b, n, h * d)

@@ -32,6 +32,7 @@ MOST_SUMMED = 400  # queries or keys in the backward pass in fp32
 SMALL_MAP = 2**19  # pairs of an image, below which few operators matter more than that each is fast
 PAIRS = 2**20  # in one map of the forward pass: 4 MB in fp32
 LEAST_ROWS = 64  # of queries in one map, so that products stay fast
+KEPT_KEYS = 4  # times the head dim, up to which blocks in training keep the map in bf16: a third more than q, k and v
 FAR = 32.0  # from 0: bf16 rounds such scores too much, and the fused operator keeps them in fp32
 
 # PyTorch's fused backward pass is slower in bf16 on a CPU than its products of matrices, which need two maps of all
@@ -153,17 +154,51 @@ def _by_softmax(k, v, factor):
 
     def of_rows(q, out, lse):
         n = q.shape[2]
-        p = torch.bmm(flat_k, (q * scale).reshape(b * h, n, d).transpose(1, 2))
-        least, most = p.aminmax()
-        far = p.float().abs_().amax(1).view(b, h, n) if max(most.item(), -least.item()) > FAR else None
+        p, far = _softmax_map(q.reshape(b * h, n, d), flat_k, scale)
         if lse is not None:
             lse.fill_(torch.nan)  # the backward pass, by products too, needs none
-        torch.softmax(p, 1, out=p)
         out.copy_(torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d))
         if far is not None:
-            _replace_far(far, q, k, v, scale, out, None)
+            _replace_far(far.view(b, h, n), q, k, v, scale, out, None)
 
     return of_rows
+
+
+def _softmax_map(q, k, scale):
+    """q (G,Nq,D), k (G,Nk,D) -> softmax(scale q kᵀ) as (G,Nk,Nq), the largest |scores| (G,Nq) if one is beyond FAR."""
+    p = _scaled_product(k, q.transpose(1, 2), scale)
+    least, most = p.aminmax()
+    far = p.float().abs_().amax(1) if max(most.item(), -least.item()) > FAR else None
+    return torch.softmax(p, 1, out=p), far
+
+
+def keeps_map(q):
+    """Whether blocks in training keep the map of q (B,H,N,D) and as many keys, for the backward pass.
+
+    So forward and backward together take two thirds of the time, where compiled attention is the faster forward too.
+    """
+    few = q.dtype == torch.bfloat16 and q.is_cpu and q.shape[2] <= KEPT_KEYS * q.shape[3]
+    return few and forced != "compiled" and form_of_pytorch(q, q) == "softmax"
+
+
+def softmax_attention(q, k, v, scale):
+    """_by_softmax for all images at once: q, k and v (B,H,N,D), contiguous -> out (B,N,H,D), and for the backward pass
+    q, k and v as (B*H,N,D) and the map (B*H,N,N) of keys and queries."""
+    b, h, n, d = q.shape
+    flat_q, flat_k, flat_v = q.view(b * h, n, d), k.view(b * h, n, d), v.view(b * h, n, d)
+    p, far = _softmax_map(flat_q, flat_k, scale)
+    out = torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d).transpose(1, 2).contiguous()
+    if far is not None:
+        _replace_far(far.view(b, h, n), q, k, v, scale, out.transpose(1, 2), None)
+    return out, flat_q, flat_k, flat_v, p
+
+
+def softmax_attention_backward(grad, q, k, v, p, scale):
+    """grad (B,N,H,D), q, k and v (B*H,N,D), their map p (B*H,N,N) -> dqkv (B,N,3*H*D)."""
+    b, n, h, d = grad.shape
+    dqkv = q.new_empty(3, b * h, n, d)
+    _backward_by_products(grad.transpose(1, 2).reshape(b * h, n, d), q, k, v, p, scale, *dqkv.unbind())
+    return dqkv.view(3, b, h, n, d).permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
 
 
 def _by_products(k, v, factor):
@@ -184,6 +219,14 @@ def _by_products(k, v, factor):
             _replace_far(far.view(b, h, n), q, k, v, factor * math.log(2), out, lse)
 
     return of_rows
+
+
+def _scaled_product(a, b, scale, into=None):
+    """scale a b, of matrices a (G,M,K) and b (G,K,N), rounded once; into (G,M,N) or a new tensor."""
+    into = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if into is None else into
+    if abs(scale) < 1e-30:  # with 0 in fp32, baddbmm_ leaves `into` as it is
+        return torch.bmm(a, b, out=into).mul_(scale)
+    return into.baddbmm_(a, b, beta=0, alpha=scale)
 
 
 def _replace_far(far, q, k, v, scale, out, lse):
@@ -257,25 +300,32 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
             d.copy_(g)
         return
     tensors = zip(*(t.split(images) for t in (grad, q, k, v, dq, dk, dv)), strict=True)
-    for grad_, q_, k_, v_, *into in tensors:
-        copies = [t.clone(memory_format=torch.contiguous_format).flatten(0, 1) for t in (q_, k_, v_)]
-        _backward_by_products(grad_.reshape(-1, *grad.shape[2:]), *copies, scale)
-        for d, g in zip(into, copies, strict=True):
+    for grad_, *qkv_, dq_, dk_, dv_ in tensors:
+        flat = [t.reshape(-1, *t.shape[2:]) for t in (grad_, *qkv_)]
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in flat[1:]]
+        _backward_by_products(*flat, None, scale, *grads)
+        for d, g in zip((dq_, dk_, dv_), grads, strict=True):
             d.copy_(g.view(d.shape))
 
 
-def qkv_attention_backward(grad, qkv, heads, scale, images):
-    """grad (B,N,H*D), qkv (B,N,3*H*D) -> dqkv, by products, for so many images at a time."""
-    dqkv = qkv.new_empty(qkv.shape)
-    n, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
-    for grad_, qkv_, dqkv_ in zip(grad.split(images), qkv.split(images), dqkv.split(images), strict=True):
-        # (b,n,3*h*d) -> (3,b,h,n,d)
-        inside, dinside = (t.view(-1, n, 3, heads, d).permute(2, 0, 3, 1, 4) for t in (qkv_, dqkv_))
-        copy = inside.clone(memory_format=torch.contiguous_format)
-        grad_ = grad_.view(-1, n, heads, d).transpose(1, 2).reshape(-1, n, d)
-        _backward_by_products(grad_, *copy.flatten(1, 2).unbind(), scale)
-        dinside.copy_(copy)
-    return dqkv
+def heads_apart(qkv, heads):
+    """(B,N,3*H*D) -> a copy (3,B,H,N,D)."""
+    b, n, width = qkv.shape
+    inside = qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return inside.clone(memory_format=torch.contiguous_format)
+
+
+def qkv_attention_backward(grad, apart, scale):
+    """grad (B,N,H*D), q, k and v apart (3,B,H,N,D) -> dqkv (B,N,3*H*D), by products, for some images at a time."""
+    _, b, h, n, d = apart.shape
+    images = images_by_products(apart[0], h * n * n)
+    dapart = torch.empty_like(apart)
+    grad = grad.view(b, n, h, d).transpose(1, 2)
+    for i in range(0, b, images):
+        some = slice(i, i + images)
+        flat = [t[:, some].flatten(1, 2).unbind() for t in (apart, dapart)]
+        _backward_by_products(grad[some].reshape(-1, n, d), *flat[0], None, scale, *flat[1])
+    return dapart.permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
 
 
 def images_by_products(q, pairs):
@@ -314,17 +364,19 @@ def _backward_by_convolutions(grad, q, k, v, out, lse, dq, dk, dv, scale):
     product(ds.permute(3, 1, 2, 0), as_transposed_weight(k), dq, scale)
 
 
-def _backward_by_products(grad, q, k, v, scale):
-    """Overwrite q, k and v with their gradients, (B*H,N,D) all of them, with two maps (B*H,Nq,Nk) in memory."""
-    q *= scale
-    p = torch.bmm(q, k.transpose(1, 2))
-    torch.softmax(p, -1, out=p)
-    ds = torch.bmm(grad, v.transpose(1, 2))
-    torch.bmm(p.transpose(1, 2), grad, out=v)
-    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
-    dk = torch.bmm(ds.transpose(1, 2), q)
-    torch.bmm(ds, k, out=q).mul_(scale)
-    k.copy_(dk)
+def _backward_by_products(grad, q, k, v, p, scale, dq, dk, dv):
+    """Write the gradients of q, k and v into dq, dk and dv, (G,N,D) all of them, with two maps (G,Nk,Nq).
+
+    p, the map of the forward pass, is computed again if it is None.
+    """
+    if p is None:
+        p = _scaled_product(k, q.transpose(1, 2), scale)
+        torch.softmax(p, 1, out=p)
+    ds = torch.bmm(v, grad.transpose(1, 2))
+    torch.bmm(p, grad, out=dv)
+    torch.ops.aten._softmax_backward_data.out(ds, p, 1, p.dtype, grad_input=ds)
+    _scaled_product(ds, q, scale, dk)
+    _scaled_product(ds.transpose(1, 2), k, scale, dq)
 
 
 def _rows_contiguous(*tensors):

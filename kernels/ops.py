@@ -114,8 +114,8 @@ def _qkv_attention_fake(qkv, heads, scale, backend):
 def _qkv_attention_backward(grad, qkv, out, lse, heads, scale, backend):
     b, n, width = qkv.shape
     natively = b and n > 1 and width and not takes_triton(backend, qkv)
-    if natively and (images := native.images_by_products(qkv, heads * n * n)):
-        return native.qkv_attention_backward(grad, qkv, heads, scale, images)
+    if natively and native.images_by_products(qkv, heads * n * n):
+        return native.qkv_attention_backward(grad, native.heads_apart(qkv, heads), scale)
     dqkv = qkv.new_empty(qkv.shape)
     grad, out = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (grad, out))
     _attention_into(grad, *_split(qkv, heads), out, lse, scale, backend, _split(dqkv, heads))
@@ -354,14 +354,18 @@ for _op, _setup, _grad in (
 # torch.autograd.Function, in its older form, takes no more than PyTorch's own functions.
 
 
-def _mode():
-    """Whether a mode or a transform sees operators, or changes them: tracing, counting, fakes, autocast, ..."""
+def watching():
+    """Whether a mode or a transform sees operators, or changes them: tracing, counting, fakes, ..."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
     )
+
+
+def _mode():
+    """The same, or autocast."""
+    return watching() or torch._C._is_any_autocast_enabled()
 
 
 def _watched(args):

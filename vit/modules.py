@@ -12,9 +12,10 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import layer_norm_linear, qkv_attention
+from ..kernels.blocks import attention_block, dtype_of_block, feed_forward_block
 from ..kernels.functions import MAX_HEAD_DIM, MIN_HEAD_DIM
 from ..kernels.native import layer_norm_linear_inference, qkv_attention_inference
-from ..kernels.ops import direct, direct_layer_norm_linear, linear
+from ..kernels.ops import direct, direct_layer_norm_linear, linear, needs_grad
 from ..kernels.packed import forget
 from ..kernels.packed import linear as native_linear
 from . import record
@@ -40,6 +41,8 @@ class _Packs:
 class FusedAttention(_Packs, Attention):
     """`Attention` that makes no n x n map. (b, n, dim) -> (b, n, dim); head dims 8 to 256.
 
+    (In bf16 on a CPU products of matrices make one of few tokens, and training keeps it: kernels/blocks.py.)
+
     `norm`, if given, is a LayerNorm to apply to x first, in the same kernel as `to_qkv`. Raises what `qkv_attention`
     raises, ValueError for another head dim among it.
     """
@@ -59,8 +62,8 @@ class FusedAttention(_Packs, Attention):
             record.observe_qkv(self, qkv, self.heads, self.scale)
         return apply(self.to_out, qkv_attention(qkv, self.heads, scale=self.scale))
 
-    def directly(self, x, norm):
-        """self(x, norm), of an x that is `direct`, past all calls; None where that is not surely the same."""
+    def directly(self, x, norm, dtype):
+        """self(x, norm), with products in the dtype_of_block, past all calls; None where it is not surely the same."""
         modules = self._modules
         attend, to_qkv, to_out = modules["attend"], modules["to_qkv"], modules["to_out"]
         kinds, leaves, linears = IN_ATTENTION, [norm, attend, to_qkv, to_out], [to_qkv]
@@ -74,6 +77,12 @@ class FusedAttention(_Packs, Attention):
         parameters = all_plain(x, norm, *linears)
         head_dim, rest = divmod(to_qkv.out_features, 3 * self.heads)
         if parameters is None or x.dim() != 3 or rest or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            return None
+        if needs_grad(x, *parameters):
+            if not parameters[4:] or min(x.shape[1:]) < 2:
+                return None
+            return attention_block(x, *parameters, heads=self.heads, scale=self.scale, eps=norm.eps, dtype=dtype)
+        if dtype != x.dtype:
             return None
         qkv = layer_norm_linear_inference(x, *parameters[:4], norm.eps)
         y = qkv_attention_inference(qkv, self.heads, self.scale)
@@ -112,8 +121,8 @@ class FusedFeedForward(_Packs, FeedForward):
             hidden = apply(module, hidden)
         return hidden
 
-    def directly(self, x, norm):
-        """self(x, norm), of an x that is `direct`, past all calls; None where that is not surely the same."""
+    def directly(self, x, norm, dtype):
+        """self(x, norm), with products in the dtype_of_block, past all calls; None where it is not surely the same."""
         net = self._modules["net"]
         leaves = (norm, net, *net._modules.values())
         if not all_bare(IN_FEED_FORWARD, leaves):
@@ -122,7 +131,14 @@ class FusedFeedForward(_Packs, FeedForward):
         parameters = all_plain(x, norm, first, second)
         if parameters is None:
             return None
-        hidden = layer_norm_linear_inference(x, *parameters[:4], norm.eps, ACTIVATIONS[gelu.approximate])
+        activation = ACTIVATIONS[gelu.approximate]
+        if needs_grad(x, *parameters):
+            if x.shape[-1] < 2:
+                return None
+            return feed_forward_block(x, *parameters, activation=activation, eps=norm.eps, dtype=dtype)
+        if dtype != x.dtype:
+            return None
+        hidden = layer_norm_linear_inference(x, *parameters[:4], norm.eps, activation)
         return native_linear(hidden, *parameters[4:])
 
 
@@ -140,8 +156,9 @@ class FusedPreNorm(PreNorm):
         if kwargs or not takes_norm(fn) or not untouched(fn, type(fn)):
             note(self, "fn is no fused block, has a hook, or was given keyword arguments")
             return self.plain.forward(self, x, **kwargs)
-        if direct(x) and not record.active:
-            y = fn.directly(x, self.norm)
+        dtype = None if record.active else dtype_of_block(x)
+        if dtype is not None:
+            y = fn.directly(x, self.norm, dtype)
             if y is not None:
                 return y
         return fn(x, norm=self.norm)
