@@ -6,8 +6,7 @@
 They are what the public functions and F.linear give, one after the other, each of which costs tens of microseconds in
 Python and in autograd, as long as a product of a small ViT takes, and copies what the next one copies again. Kept for
 the backward pass: the inputs (and what autocast cast of them), q, k and v, what attention gives, what GELU takes and
-gives; in bf16 the map of attention too, where it is little beside q, k and v (native_attention.keeps_map): functions
-never keep it, and making it twice costs 3 to 5% of a training step. Nothing is checked here: see vit/modules.py.
+gives. Nothing is checked here: see vit/modules.py.
 """
 
 from contextlib import nullcontext

@@ -15,10 +15,7 @@ from .native_attention import (
     attention_forward,
     heads_apart,
     images_by_products,
-    keeps_map,
     qkv_attention_backward,
-    softmax_attention,
-    softmax_attention_backward,
 )
 from .packed import GELU, linear, weight_grad
 
@@ -187,9 +184,6 @@ def qkv_attention_inference(qkv, heads, scale):
 
 def qkv_attention_training(qkv, heads, scale):
     """qkv (B,N,3*H*D), contiguous -> out (B,N,H*D), and what its backward pass takes."""
-    if keeps_map(_views(qkv, heads)[0]):
-        out, *kept = softmax_attention(*heads_apart(qkv, heads).unbind(), scale)
-        return out.view(*qkv.shape[:2], -1), kept
     apart = _apart(qkv, heads)
     if isinstance(apart, torch.Tensor):
         return _inside(attention_forward(*apart, scale, with_lse=False)[0]), (apart,)
@@ -199,9 +193,6 @@ def qkv_attention_training(qkv, heads, scale):
 
 def qkv_attention_training_backward(grad, out, kept, heads, scale):
     """grad (B*N,H*D) and out (B,N,H*D), both contiguous -> dqkv (B,N,3*H*D)."""
-    b, n, width = out.shape
-    if len(kept) == 4:
-        return softmax_attention_backward(grad.view(b, n, heads, width // heads), *kept, scale)
     grad = grad.view(out.shape)
     if len(kept) == 1:
         return qkv_attention_backward(grad, *kept, scale)

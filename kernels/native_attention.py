@@ -32,7 +32,6 @@ MOST_SUMMED = 400  # queries or keys in the backward pass in fp32
 SMALL_MAP = 2**19  # pairs of an image, below which few operators matter more than that each is fast
 PAIRS = 2**20  # in one map of the forward pass: 4 MB in fp32
 LEAST_ROWS = 64  # of queries in one map, so that products stay fast
-KEPT_KEYS = 4  # times the head dim, up to which blocks in training keep the map in bf16: a third more than q, k and v
 FAR = 32.0  # from 0: bf16 rounds such scores too much, and the fused operator keeps them in fp32
 
 # PyTorch's fused backward pass is slower in bf16 on a CPU than its products of matrices, which need two maps of all
@@ -172,35 +171,6 @@ def _softmax_map(q, k, scale):
     return torch.softmax(p, 1, out=p), far
 
 
-def keeps_map(q):
-    """Whether blocks in training keep the map of q (B,H,N,D) and as many keys, for the backward pass.
-
-    So forward and backward together take two thirds of the time, where compiled attention is the faster forward too.
-    """
-    few = q.dtype == torch.bfloat16 and q.is_cpu and q.shape[2] <= KEPT_KEYS * q.shape[3]
-    return few and forced != "compiled" and form_of_pytorch(q, q) == "softmax"
-
-
-def softmax_attention(q, k, v, scale):
-    """_by_softmax for all images at once: q, k and v (B,H,N,D), contiguous -> out (B,N,H,D), and for the backward pass
-    q, k and v as (B*H,N,D) and the map (B*H,N,N) of keys and queries."""
-    b, h, n, d = q.shape
-    flat_q, flat_k, flat_v = q.view(b * h, n, d), k.view(b * h, n, d), v.view(b * h, n, d)
-    p, far = _softmax_map(flat_q, flat_k, scale)
-    out = torch.bmm(p.transpose(1, 2), flat_v).view(b, h, n, d).transpose(1, 2).contiguous()
-    if far is not None:
-        _replace_far(far.view(b, h, n), q, k, v, scale, out.transpose(1, 2), None)
-    return out, flat_q, flat_k, flat_v, p
-
-
-def softmax_attention_backward(grad, q, k, v, p, scale):
-    """grad (B,N,H,D), q, k and v (B*H,N,D), their map p (B*H,N,N) -> dqkv (B,N,3*H*D)."""
-    b, n, h, d = grad.shape
-    dqkv = q.new_empty(3, b * h, n, d)
-    _backward_by_products(grad.transpose(1, 2).reshape(b * h, n, d), q, k, v, p, scale, *dqkv.unbind())
-    return dqkv.view(3, b, h, n, d).permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
-
-
 def _by_products(k, v, factor):
     """The same, where softmax is computed in fp32."""
     b, h, keys, d = k.shape
@@ -303,7 +273,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     for grad_, *qkv_, dq_, dk_, dv_ in tensors:
         flat = [t.reshape(-1, *t.shape[2:]) for t in (grad_, *qkv_)]
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in flat[1:]]
-        _backward_by_products(*flat, None, scale, *grads)
+        _backward_by_products(*flat, scale, *grads)
         for d, g in zip((dq_, dk_, dv_), grads, strict=True):
             d.copy_(g.view(d.shape))
 
@@ -324,7 +294,7 @@ def qkv_attention_backward(grad, apart, scale):
     for i in range(0, b, images):
         some = slice(i, i + images)
         flat = [t[:, some].flatten(1, 2).unbind() for t in (apart, dapart)]
-        _backward_by_products(grad[some].reshape(-1, n, d), *flat[0], None, scale, *flat[1])
+        _backward_by_products(grad[some].reshape(-1, n, d), *flat[0], scale, *flat[1])
     return dapart.permute(1, 3, 0, 2, 4).reshape(b, n, 3 * h * d)
 
 
@@ -364,14 +334,10 @@ def _backward_by_convolutions(grad, q, k, v, out, lse, dq, dk, dv, scale):
     product(ds.permute(3, 1, 2, 0), as_transposed_weight(k), dq, scale)
 
 
-def _backward_by_products(grad, q, k, v, p, scale, dq, dk, dv):
-    """Write the gradients of q, k and v into dq, dk and dv, (G,N,D) all of them, with two maps (G,Nk,Nq).
-
-    p, the map of the forward pass, is computed again if it is None.
-    """
-    if p is None:
-        p = _scaled_product(k, q.transpose(1, 2), scale)
-        torch.softmax(p, 1, out=p)
+def _backward_by_products(grad, q, k, v, scale, dq, dk, dv):
+    """Write the gradients of q, k and v into dq, dk and dv, (G,N,D) all of them, with two maps (G,Nk,Nq)."""
+    p = _scaled_product(k, q.transpose(1, 2), scale)
+    torch.softmax(p, 1, out=p)
     ds = torch.bmm(v, grad.transpose(1, 2))
     torch.bmm(p, grad, out=dv)
     torch.ops.aten._softmax_backward_data.out(ds, p, 1, p.dtype, grad_input=ds)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fused_blocks import assert_within_rounding, randomise, run
 from test_modules import assert_alike, fused
-from vitriton.kernels import native_attention, packed, use_backend
+from vitriton.kernels import compiled, native_attention, packed, use_backend
 from vitriton.vit.reference import Attention, FeedForward, PreNorm
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -28,13 +28,24 @@ def products(monkeypatch):
         yield
 
 
+@pytest.fixture(params=["products", "compiled"])
+def way(request, monkeypatch):
+    if request.param == "compiled" and (why_not := compiled.why_not(BF16)):
+        pytest.skip(f"attention cannot be compiled here: {why_not}")
+    monkeypatch.setattr(native_attention, "forced", request.param)
+    return request.param
+
+
 def in_one_function(y):
     return y.grad_fn.name() in ("_AttentionBlockBackward", "_FeedForwardBlockBackward")
 
 
-@pytest.mark.parametrize(("make", "dtype"), [(attention, BF16), (feed_forward, BF16), (feed_forward, F32)])
-@pytest.mark.parametrize("tokens", [197, 270])  # below and above as many as have their map kept
-def test_parity(make, dtype, tokens):
+@pytest.mark.parametrize("make", [attention, feed_forward])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("tokens", [197, 270])
+def test_parity(way, make, dtype, tokens):
+    if way == "products" and make is attention and dtype == F32:
+        pytest.skip("its gradients err by up to 1.35 times what the rule allows: exp(logit - lse) from a rounded lse")
     plain = make().to(dtype)
     x = torch.randn(3, tokens, 128, dtype=dtype)
     assert in_one_function(fused(plain)(x))
@@ -42,7 +53,7 @@ def test_parity(make, dtype, tokens):
 
 
 @pytest.mark.parametrize("make", [attention, feed_forward])
-def test_parity_under_autocast(make):
+def test_parity_under_autocast(way, make):
     plain = make()
     x, grad = torch.randn(3, 197, 128) * 2 + 1, torch.randn(3, 197, 128)
     module, gold = fused(plain), run(fused(plain).double(), x.double(), grad.double())
@@ -107,20 +118,17 @@ def test_gradients_of_a_batch_of_gradients(make):
         torch.testing.assert_close(got, torch.autograd.grad(module(x), x, grad)[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [197, 256, 257, 400])
+@pytest.mark.parametrize("tokens", [197, 400])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_what_is_kept(tokens, dtype):
-    """A map of tokens by tokens in bf16 only, where it is little beside q, k and v; never the normalised x."""
+    """No map of tokens by tokens, and not the normalised x."""
     module, kept = fused(attention().to(dtype)), []
     x = torch.randn(2, tokens, 128, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module(x)
-    maps = [t for t in kept if t.shape[-2:] == (tokens, tokens)]
-    assert len(maps) == (dtype == BF16 and tokens <= 4 * 64)
     parameters = {p.data_ptr() for p in module.parameters()}
     others = {t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in parameters}
-    features = sum(others.values()) - sum(t.numel() for t in maps)
-    assert features == 2 * tokens * (128 + 4 * 192 + 3 * (dtype == F32))  # in fp32 a log-sum a head
+    assert sum(others.values()) == 2 * tokens * (128 + 4 * 192 + 3 * (dtype == F32))  # in fp32 a log-sum a head
 
 
 def test_scores_far_from_zero(monkeypatch):
