@@ -81,7 +81,7 @@ TABLE = (
     Row("attention_bwd_dkdv", _GEFORCE, "half", 80, Tiles(32, 64, 8, 2), "4 warps spill"),
     Row("attention_bwd_dkdv", "any", "half", 80, Tiles(32, 64, 4, 2), "the same"),
     Row("attention_bwd_dkdv", "any", "half", 128, Tiles(16, 64, 4, 2), "the same"),
-    Row("attention_bwd_dkdv", "sm_90", "half", 256, Tiles(32, 64, 8, 1), "the largest that does not spill"),
+    Row("attention_bwd_dkdv", "sm_90", "half", 256, Tiles(32, 64, 8, 1), "what spills least in the loop"),
     Row("attention_bwd_dkdv", _MMA_SYNC, "half", 256, Tiles(16, 16, 4, 2), "what spills least"),
     Row("attention_bwd_dkdv", "any", "half", 256, Tiles(16, 64, 8, 1), "the same"),
     Row("attention_bwd_dkdv", "any", "any", 256, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
