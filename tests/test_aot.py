@@ -200,11 +200,14 @@ EPILOGUE = {"qkv": 200, "gelu": 420, "gelu inference": 420, "gelu_tanh": 420}  #
 
 
 def test_the_epilogue_is_short(survey):
-    """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, on sm_90."""
+    """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, in half precision on
+    sm_90."""
     found = {}
     for record in survey.records:
         shape = record.variants[0]
         if (record.kernel, record.arch) == ("layer_norm_linear_fwd", "sm_90") and shape in EPILOGUE:
+            if record.dtype == "fp32":
+                continue
             outputs = record.config["BLOCK_M"] * record.config["BLOCK_N"] / record.config["num_warps"]
             found[shape] = max(found.get(shape, 0), record.epilogue * 1024 / outputs)
     assert found.keys() >= {"qkv", "gelu"}  # all four with `-m slow`
@@ -272,7 +275,8 @@ def test_sums_in_memory_are_seen_by_all_threads(arch):
 
 
 def test_attention_multiplies_no_more_than_its_tiles(survey):
-    """No warp repeats another's products in the hot loop: `per_1024` would hide it."""
+    """No warp repeats another's products in the hot loop, but for known exceptions: `per_1024` would hide it."""
+    known = {name for group in EXCEPTIONS["repeats"] for name in group["kernels"]}
     wasted = []
     for record in survey.records:
         products = {"attention_fwd": 2, "attention_bwd": 5, "attention_bwd_dq": 3, "attention_bwd_dkdv": 4}
@@ -280,7 +284,7 @@ def test_attention_multiplies_no_more_than_its_tiles(survey):
             c = record.config
             rows = c["BLOCK_M"] + c.get("SIDE_M", 0)
             needed = products[record.kernel] * rows * c["BLOCK_N"] * (c["D0"] + c["D1"]) / c["num_warps"]
-            if record.hot.macs > needed:
+            if record.hot.macs > needed and record.name not in known:
                 wasted.append((record.name, record.hot.macs / needed))
     assert wasted == []
 
