@@ -302,7 +302,8 @@ def attention_forward(q, k, v, scale):
     out = q.new_empty_strided((b, h, nq, d), (nq * h * d, d, h * d, 1))
     lse = q.new_empty(b, h, nq, dtype=accumulator(q.dtype))
     chip = chip_of(q.device)
-    tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq)
+    align = layout(q, k, v, out)["ALIGN"]
+    tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq, align)
     launch(
         _attention_fwd_kernel, (b, programs, h),
         q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk,

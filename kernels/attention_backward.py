@@ -212,7 +212,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     delta = lse.new_empty(lse.shape)
     resum = q.dtype.itemsize > 2  # beside half-precision operands, the rounding of lse is nothing
     share = lse.new_empty(lse.shape) if resum else delta
-    tiles = configs.gradient_tiles("attention_bwd_dq", chip, q.dtype, d, align)
+    tiles = configs.attention_tiles("attention_bwd_dq", chip, q.dtype, d, align)
     launch(
         _attention_bwd_dq_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),
         q, k, v, out, grad, lse, delta, share, dq,
@@ -221,7 +221,7 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
         BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N), RESUM=resum,
         **_common(q, d, tiles.BLOCK_M, *tensors), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    tiles = configs.gradient_tiles("attention_bwd_dkdv", chip, q.dtype, d, align)
+    tiles = configs.attention_tiles("attention_bwd_dkdv", chip, q.dtype, d, align)
     launch(
         _attention_bwd_dkdv_kernel, (b, cdiv(nk, tiles.BLOCK_N), h),
         q, k, v, grad, lse, delta, share, dk, dv,

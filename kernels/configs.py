@@ -37,42 +37,60 @@ class Row:
 
 _HOPPER = "sm_90 sm_100"
 _MMA_SYNC = "sm_80 sm_86 sm_89 sm_120"
+_GEFORCE = "sm_86 sm_89 sm_120"  # tensor cores bind by far there: smaller tiles cost nothing
+_AMD = "gfx942 gfx1100"
 
 TABLE = (
     Row("attention_fwd", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "several tiles and tails even at N = 197"),
     Row("attention_fwd", "any", "half", 64, Tiles(128, 64, 4, 2), "32 rows a warp share each read of the keys"),
     Row("attention_fwd", _HOPPER, "half", 96, Tiles(128, 64, 4, 2), "the same, as q stays in shared memory there"),
-    Row("attention_fwd", _MMA_SYNC, "half", 80, Tiles(128, 64, 4, 2), "the same; a few addresses spill"),
+    Row("attention_fwd", "sm_80", "half", 80, Tiles(128, 64, 4, 2), "the same; 3 or 4 addresses spill"),
     Row("attention_fwd", _MMA_SYNC, "half", 96, Tiles(128, 32, 4, 2), "the same; 64 keys spill"),
+    Row("attention_fwd", _GEFORCE, "half", 128, Tiles(64, 64, 4, 2), "128 queries spill"),
     Row("attention_fwd", "any", "half", 128, Tiles(128, 64, 8, 2), "16 rows a warp, or the output spills"),
     Row("attention_fwd", _HOPPER, "half", 256, Tiles(128, 64, 8, 2), "208 of 227 KB of shared memory"),
     Row("attention_fwd", "gfx942", "half", 256, Tiles(64, 32, 4, 1), "what fits into 64 KB of shared memory"),
-    Row("attention_fwd", "sm_80", "half", 256, Tiles(64, 32, 4, 1), "128 queries spill"),
+    Row("attention_fwd", _MMA_SYNC, "half", 256, Tiles(128, 16, 8, 1), "wider tiles of keys spill"),
     Row("attention_fwd", "any", "half", 256, Tiles(128, 32, 8, 1), "a second stage spills"),
     Row("attention_fwd", "any", "any", 128, Tiles(64, 32, 8, 2), "operands of FMA products take many registers"),
+    Row("attention_fwd", _AMD, "any", 256, Tiles(16, 16, 8, 1), "what fits into 64 KB of shared memory"),
+    Row("attention_fwd", _GEFORCE, "any", 256, Tiles(32, 32, 8, 1), "what fits into 99 KB of shared memory"),
     Row("attention_fwd", "any", "any", 256, Tiles(32, 32, 8, 2), "the same"),
+    Row("attention_fwd_unaligned", _MMA_SYNC, "half", 64, Tiles(128, 32, 4, 2), "64 keys spill"),
+    Row("attention_fwd_unaligned", _MMA_SYNC, "half", 128, Tiles(128, 32, 8, 2), "4 warps spill"),
+    Row("attention_fwd_unaligned", "sm_90", "half", 32, Tiles(128, 64, 4, 2), "as aligned"),
+    Row("attention_fwd_unaligned", "sm_90", "half", 128, Tiles(128, 64, 8, 2), "4 warps spill"),
     Row("attention_bwd", "interpreter", "half", 64, Tiles(64, 64, 4, 1), "as forward; beyond, two kernels"),
     Row("attention_bwd", "sm_80 sm_89 sm_90 sm_120", "half", 64, Tiles(64, 64, 4, 2), "see `one_backward_kernel`"),
     Row("attention_bwd_dq_unaligned", _MMA_SYNC, "half", 64, Tiles(128, 32, 8, 2), "64 keys spill"),
+    Row("attention_bwd_dq_unaligned", _MMA_SYNC, "half", 96, Tiles(128, 32, 8, 2), "4 warps spill"),
     Row("attention_bwd_dq", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
     Row("attention_bwd_dq", "any", "half", 64, Tiles(64, 64, 4, 2), "128 rows on 8 warps count the same"),
     Row("attention_bwd_dq", "any", "half", 128, Tiles(64, 32, 4, 2), "64 keys spill on sm_80"),
     Row("attention_bwd_dq", _HOPPER, "half", 256, Tiles(64, 32, 8, 2), "what spills least"),
     Row("attention_bwd_dq", _MMA_SYNC, "half", 256, Tiles(16, 32, 4, 2), "the same"),
     Row("attention_bwd_dq", "any", "half", 256, Tiles(64, 32, 8, 1), "the same"),
-    Row("attention_bwd_dq", "any", "any", 256, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
+    Row("attention_bwd_dq", "any", "any", 128, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
+    Row("attention_bwd_dq", _AMD, "any", 256, Tiles(16, 16, 8, 1), "what fits into 64 KB of shared memory"),
+    Row("attention_bwd_dq", _GEFORCE, "any", 256, Tiles(16, 32, 8, 1), "what fits into 99 KB of shared memory"),
+    Row("attention_bwd_dq", "any", "any", 256, Tiles(32, 32, 8, 1), "as to 128"),
     Row("attention_bwd_dkdv_unaligned", _MMA_SYNC, "half", 64, Tiles(32, 128, 8, 2), "an address for each element"),
-    Row("attention_bwd_dkdv_unaligned", "sm_90", "half", 64, Tiles(64, 128, 8, 2), "8 warps share them: fewer slots"),
+    Row("attention_bwd_dkdv_unaligned", _HOPPER, "half", 64, Tiles(64, 128, 8, 2), "8 warps share them: fewer slots"),
+    Row("attention_bwd_dkdv_unaligned", "sm_90", "half", 128, Tiles(32, 128, 8, 2), "4 warps spill"),
     Row("attention_bwd_dkdv", "sm_120", "half", 64, Tiles(32, 64, 4, 2), "64 queries spill; tensor cores bind anyway"),
     Row("attention_bwd_dkdv", "interpreter", "any", 256, Tiles(64, 64, 4, 1), "as forward"),
     Row("attention_bwd_dkdv", "any", "half", 64, Tiles(64, 64, 4, 2), "the largest that does not spill"),
     Row("attention_bwd_dkdv", _HOPPER, "half", 80, Tiles(64, 64, 4, 2), "the same"),
     Row("attention_bwd_dkdv", _HOPPER, "half", 128, Tiles(32, 64, 4, 2), "the same"),
+    Row("attention_bwd_dkdv", _GEFORCE, "half", 80, Tiles(32, 64, 8, 2), "4 warps spill"),
     Row("attention_bwd_dkdv", "any", "half", 80, Tiles(32, 64, 4, 2), "the same"),
     Row("attention_bwd_dkdv", "any", "half", 128, Tiles(16, 64, 4, 2), "the same"),
-    Row("attention_bwd_dkdv", "sm_90", "half", 256, Tiles(32, 64, 8, 1), "the largest that does not spill"),
+    Row("attention_bwd_dkdv", "sm_90", "half", 256, Tiles(32, 64, 8, 1), "what spills least in the loop"),
     Row("attention_bwd_dkdv", _MMA_SYNC, "half", 256, Tiles(16, 16, 4, 2), "what spills least"),
     Row("attention_bwd_dkdv", "any", "half", 256, Tiles(16, 64, 8, 1), "the same"),
+    Row("attention_bwd_dkdv", "any", "any", 128, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
+    Row("attention_bwd_dkdv", _AMD, "any", 256, Tiles(16, 16, 8, 1), "what fits into 64 KB of shared memory"),
+    Row("attention_bwd_dkdv", _GEFORCE, "any", 256, Tiles(16, 16, 8, 1), "what fits into 99 KB of shared memory"),
     Row("attention_bwd_dkdv", "any", "any", 256, Tiles(32, 32, 8, 1), "operands of FMA products take many registers"),
     Row("prenorm", "interpreter", "any", 0, Tiles(128, 64, 4, 1, 128), "few, large steps of NumPy"),
     Row("prenorm", _HOPPER, "half", 0, Tiles(128, 128, 8, 3, 64), "a step of 64 halves the waits and the bookkeeping"),
@@ -113,8 +131,8 @@ def splits(chip, weight):
     )
 
 
-def gradient_tiles(kernel, chip, dtype, head_dim, align):
-    """`tiles` of attention's two backward kernels: those for unaligned tensors, where there is such a row."""
+def attention_tiles(kernel, chip, dtype, head_dim, align):
+    """`tiles` of one of attention's kernels: those for unaligned tensors, where there is such a row."""
     unaligned = _find(kernel + "_unaligned", chip, dtype, head_dim) if align == 1 else None
     return unaligned or tiles(kernel, chip, dtype, head_dim)
 
@@ -144,17 +162,19 @@ def head_dim_parts(head_dim, most):
     return (half, d1) if half + d1 < d0 or d0 > most else (d0, 0)
 
 
-def query_tiles(chip, dtype, head_dim, n):
-    """How the forward kernel cuts n queries -> (Tiles, programs a head, its LAST_M, its SIDE_M).
+def query_tiles(chip, dtype, head_dim, n, align=8):
+    """How the forward kernel cuts n queries, of tensors aligned to `align` elements -> (Tiles, programs a head, its
+    LAST_M, its SIDE_M).
 
     What whole tiles leave over goes into one as narrow as 16. Where that wastes much, there are two other ways:
     - with mma.sync, tiles of half the height on half the warps, if they pad an eighth less;
     - on sm_90, whose HGMMA takes no fewer than 64 rows, up to 16 rows in a tile beside another of the same program,
       which has the keys at hand. The interpreter does it too, so that tests run it.
     """
-    chosen = tiles("attention_fwd", chip, dtype, head_dim)
+    chosen = attention_tiles("attention_fwd", chip, dtype, head_dim, align)
     half = chosen.BLOCK_M // 2
-    if chip in _MMA_SYNC.split() and dtype.itemsize == 2 and 8 * _padded(n, half) <= 7 * _padded(n, 2 * half):
+    less = head_dim <= 128 and 8 * _padded(n, half) <= 7 * _padded(n, 2 * half)  # beyond, it spills
+    if less and chip in _MMA_SYNC.split() and dtype.itemsize == 2:
         chosen = replace(chosen, BLOCK_M=half, num_warps=chosen.num_warps // 2)
         half //= 2
     whole, left = divmod(n, chosen.BLOCK_M)

@@ -136,7 +136,7 @@ def layout(*tensors, widths=()):
     ALIGN is their `alignment`, as far as it divides all `widths`. OFFSET is the type of offsets within a tile, of at
     most 256 rows and of any columns: int32, or int64 if they can pass 2³¹.
     """
-    wide = any(t.shape[-1] * t.stride(-1) >= 2**30 or 256 * max(t.stride()[:-1]) >= 2**30 for t in tensors)
+    wide = any(t.shape[-1] * t.stride(-1) >= 2**30 or 256 * t.stride(-2) >= 2**30 for t in tensors)
     align = math.gcd(alignment(*tensors), *widths)
     return {"ALIGN": align, "OFFSET": triton.language.int64 if wide else triton.language.int32}
 

@@ -24,6 +24,7 @@ import torch
 
 from . import aot, counts, launch, sass
 from .executed import executed_per_pair
+from .targets import WIDE
 
 __all__ = ["DTYPES", "HEAD_DIMS", "OPERATIONS", "Case", "Result", "survey", "table"]
 
@@ -33,7 +34,7 @@ OPERATIONS = ("attention", "layer_norm_linear")
 KERNELS = (
     "attention_fwd", "attention_bwd", "attention_bwd_dq", "attention_bwd_dkdv",
     "row_statistics", "fold", "layer_norm_linear_fwd", "bwd_rows", "layer_norm_linear_dx", "layer_norm_linear_dw",
-    "sum_splits",
+    "sum_splits", "layer_norm", "plain_product",
 )  # fmt: skip
 
 # name: rows, features in, features out, activation, pre-activation kept, x in fp32 beside half weights
@@ -44,6 +45,7 @@ _SHAPES = {
     "gelu_tanh": (1576, 768, 3072, "gelu_tanh", True, False),
     "narrow": (12608, 384, 384, None, False, False),  # its weight gradient is split over the rows
     "fp32 residual": (1576, 768, 2304, None, False, True),
+    "wide": (*WIDE, None, False, False),  # forward only, and beside it the split form
     "tails": (1573, 776, 2312, None, False, False),
     "odd": (1573, 771, 2307, None, False, False),
 }
@@ -92,7 +94,7 @@ def table(archs=(), dtypes=(), head_dims=(), operations=(), full=False):
                 if thorough:
                     cases.append(Case("attention", arch, dtype, head_dim, False, (257,)))
             if not head_dims:
-                names = tuple(name for name in _SHAPES if name != "odd") if thorough else ("qkv", "gelu")
+                names = tuple(name for name in _SHAPES if name != "odd") if thorough else ("qkv", "gelu", "wide")
                 names = tuple(name for name in names if dtype != "fp32" or name != "fp32 residual")
                 cases.append(Case("layer_norm_linear", arch, dtype, None, True, names))
                 if thorough:
@@ -173,6 +175,7 @@ def _attention(case, n):
 def _layer_norm_linear(case, name):
     from .prenorm import layer_norm_linear_forward
     from .prenorm_backward import layer_norm_linear_backward
+    from .split import layer_norm_then_linear
 
     m, k, n, activation, save, mixed = _SHAPES[name]
     dtype = DTYPES[case.dtype]
@@ -180,7 +183,9 @@ def _layer_norm_linear(case, name):
     gamma, beta = x.new_empty(k), x.new_empty(k)
     weight, bias = x.new_empty(n, k, dtype=dtype), x.new_empty(n, dtype=dtype)
     y, z, mean, rstd = layer_norm_linear_forward(x, gamma, beta, weight, bias, 1e-5, activation, save)
-    if save or activation is None:
+    if name == "wide":
+        layer_norm_then_linear(x, gamma, beta, weight, 1e-5)
+    elif save or activation is None:
         z = y if z is None else z
         layer_norm_linear_backward(y.clone(), x, gamma, beta, weight, bias, z, mean, rstd, 1e-5, activation, True, True)
 

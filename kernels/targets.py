@@ -8,13 +8,14 @@ ships it, FA3, FA4 (consumer warps; where executed instructions stand, those of 
 import math
 from dataclasses import dataclass
 
-__all__ = ["Line", "lines"]
+__all__ = ["WIDE", "Form", "Line", "forms", "lines"]
 
 FORWARD = {"sm_80": (300, "FA4 312, FA2 419"), "sm_90": (240, "FA4 209, FA3 211, FA2 408")}
 BACKWARD = {"sm_80": (800, "FA2 788, with atomics"), "sm_90": (520, "FA2 776, FA4 326")}
 SHORT = {"sm_80": (0.45, "FA4 0.51, FA2 0.69"), "sm_90": (0.36, "FA4 0.52, FA3 0.78")}  # 197 tokens, and 257
 LONG = {"sm_80": 0.38, "sm_90": 0.31}  # 577 and 1025
 HEAD_DIMS = {72: 1.3, 80: 1.35, 88: 1.45}  # beside head dim 64; padding to 128 costs 2
+WIDE = 1576, 1664, 4992  # rows, features in and out of LayerNorm + Linear where K is large: ViT-G's qkv, 8 images
 EPILOGUE = {"qkv": (200, "QuACK 223"), "gelu inference": (420, "QuACK 454")}
 
 
@@ -30,6 +31,50 @@ class Line:
     @property
     def met(self):
         return self.now <= self.most
+
+
+@dataclass(frozen=True)
+class Form:
+    """A figure of LayerNorm + Linear in the fused form, and of the split one: LayerNorm, stored, then the product."""
+
+    what: str
+    fused: float
+    split: float
+
+
+def forms(records):
+    """The Forms of each chip whose four kernels are among these Records, and their bytes: no verdict, as a card has to
+    say which is faster at large K. What differs is the epilogue, the pass over x, and what is read and written."""
+    m, k, n = WIDE
+    kernels = {
+        (record.arch, record.kernel): record
+        for record in records
+        if "wide" in record.variants and record.dtype == "bf16" and record.aligned
+    }
+    found = []
+    for arch in sorted({arch for arch, _ in kernels}):
+        products = [kernels.get((arch, name)) for name in ("layer_norm_linear_fwd", "plain_product")]
+        passes = [kernels.get((arch, name)) for name in ("row_statistics", "layer_norm")]
+        if None in (*products, *passes):
+            continue
+        slots = [
+            _slots(r, k) * 1024 * r.config["num_warps"] / (r.config["BLOCK_M"] * r.config["BLOCK_N"]) for r in products
+        ]
+        found.append(Form(f"{arch}: product, slots per 1024 outputs", *slots))
+        slots = [_slots(r, k) * 1024 * r.config["num_warps"] / (r.config["BLOCK_M"] * k) for r in passes]
+        found.append(Form(f"{arch}: pass over x, slots per 1024 elements", *slots))
+    for rows in (m, 8 * m) if found else ():
+        x, w, y = (2e-6 * size for size in (rows * k, n * k, rows * n))
+        # fused: x for the statistics and the product; W read, W' written and read. split: x read, x̂ written and read
+        found.append(Form(f"MB moved, {rows} rows", 2 * x + 3 * w + y, 3 * x + w + y))
+    return found
+
+
+def _slots(record, k):
+    """Instructions of a warp over a row of k, or a tile with a sum over k."""
+    if record.hot is None:
+        return record.instructions
+    return record.prologue + math.ceil(k / record.config["BLOCK_K"]) * record.hot.instructions + record.epilogue
 
 
 def lines(records):

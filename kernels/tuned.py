@@ -28,10 +28,12 @@ FIELDS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 # {kernel: (least, most) of FIELDS}. tl.dot takes no less than 16, the forward kernel of attention halves BLOCK_M and
 # warps, and offsets within a tile count on at most 256 rows. In attention's backward pass in one kernel a thread reads
 # back the sums that it stored itself, which holds for these tiles and warps: there only the stages are free.
+_FORWARD = ((32, 256), (16, 128), (0, 0), (2, 16), (1, 4))
 _BACKWARD = ((16, 128), (16, 128), (0, 0), (2, 16), (1, 4))
 _PRODUCT = ((32, 256), (32, 256), (16, 128), (2, 16), (1, 5))
 ALLOWED = {
-    "attention_fwd": ((32, 256), (16, 128), (0, 0), (2, 16), (1, 4)),
+    "attention_fwd": _FORWARD,
+    "attention_fwd_unaligned": _FORWARD,
     "attention_bwd": ((64, 64), (64, 64), (0, 0), (4, 4), (1, 4)),
     "attention_bwd_dq": _BACKWARD,
     "attention_bwd_dq_unaligned": _BACKWARD,

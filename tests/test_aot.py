@@ -20,7 +20,7 @@ from vitriton.kernels import budget
 from vitriton.kernels.aot import Record
 from vitriton.kernels.counts import Loop
 from vitriton.kernels.executed import Executed, executed_per_pair
-from vitriton.kernels.targets import lines
+from vitriton.kernels.targets import WIDE, Form, forms, lines
 
 pytest.importorskip("triton", reason="the compiler is Triton's")
 
@@ -71,7 +71,7 @@ def survey(request):
 def test_every_kernel_compiles(survey):
     known = EXCEPTIONS["does not compile"].get(TRITON, {"kernels": []})["kernels"]
     assert [failure for failure in survey.failures if failure[0] not in known] == []
-    assert {record.kernel for record in survey.records} >= set(PRODUCTS)
+    assert {record.kernel for record in survey.records} >= {*PRODUCTS, "layer_norm", "plain_product"}
     assert len({record.name for record in survey.records}) == len(survey.records)
 
 
@@ -180,14 +180,17 @@ def test_64_bit_arithmetic_is_for_addresses_only(survey):
 def test_the_main_loop_is_that_of_a_plain_product(survey):
     """LayerNorm costs the loop nothing: at most 1.05 times the instructions of x Wᵀ in the same tiles. The other loop,
     for rows with a large mean, is the dearer one."""
+    plain = {(r.arch, r.dtype): r for r in survey.records if r.kernel == "plain_product"}
     compared = 0
     for record in survey.records:
         if record.kernel == "layer_norm_linear_fwd" and record.arch in ("sm_80", "sm_90", "sm_100"):
             if record.dtype == "fp32" or "qkv" not in record.variants:
                 continue
-            plain = compiler(HERE / "plain_product.py", record.arch, record.dtype, json.dumps(record.config))
+            product = plain[record.arch, record.dtype]
+            tile = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+            assert [product.config[name] for name in tile] == [record.config[name] for name in tile]
             usual, rare = record.loops
-            assert usual.instructions <= 1.05 * float(plain), record.name
+            assert usual.instructions <= 1.05 * product.hot.instructions, record.name
             assert usual.macs == rare.macs and usual.instructions < rare.instructions
             compared += 1
     assert compared
@@ -197,11 +200,14 @@ EPILOGUE = {"qkv": 200, "gelu": 420, "gelu inference": 420, "gelu_tanh": 420}  #
 
 
 def test_the_epilogue_is_short(survey):
-    """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, on sm_90."""
+    """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, in half precision on
+    sm_90."""
     found = {}
     for record in survey.records:
         shape = record.variants[0]
         if (record.kernel, record.arch) == ("layer_norm_linear_fwd", "sm_90") and shape in EPILOGUE:
+            if record.dtype == "fp32":
+                continue
             outputs = record.config["BLOCK_M"] * record.config["BLOCK_N"] / record.config["num_warps"]
             found[shape] = max(found.get(shape, 0), record.epilogue * 1024 / outputs)
     assert found.keys() >= {"qkv", "gelu"}  # all four with `-m slow`
@@ -269,7 +275,8 @@ def test_sums_in_memory_are_seen_by_all_threads(arch):
 
 
 def test_attention_multiplies_no_more_than_its_tiles(survey):
-    """No warp repeats another's products in the hot loop: `per_1024` would hide it."""
+    """No warp repeats another's products in the hot loop, but for known exceptions: `per_1024` would hide it."""
+    known = {name for group in EXCEPTIONS["repeats"] for name in group["kernels"]}
     wasted = []
     for record in survey.records:
         products = {"attention_fwd": 2, "attention_bwd": 5, "attention_bwd_dq": 3, "attention_bwd_dkdv": 4}
@@ -277,7 +284,7 @@ def test_attention_multiplies_no_more_than_its_tiles(survey):
             c = record.config
             rows = c["BLOCK_M"] + c.get("SIDE_M", 0)
             needed = products[record.kernel] * rows * c["BLOCK_N"] * (c["D0"] + c["D1"]) / c["num_warps"]
-            if record.hot.macs > needed:
+            if record.hot.macs > needed and record.name not in known:
                 wasted.append((record.name, record.hot.macs / needed))
     assert wasted == []
 
@@ -364,6 +371,34 @@ def test_targets_stand_beside_figures():
         "attention backward, sm_80: tensor cycles per 1024 pairs": (1280.0, True),
         "LayerNorm + Linear, sm_90, qkv: epilogue's slots per 1024 outputs": (175.0, True),
     }
+
+
+def test_both_forms_of_layer_norm_and_linear_stand_beside_each_other():
+    """Instructions of a warp over what its program makes: steps of the loop for all of K, and what stands around it."""
+    rows, k, _ = WIDE
+
+    def record(kernel, hot, arch="sm_90", **config):
+        rest = dict.fromkeys(Record.__dataclass_fields__)
+        loops = [Loop(**dict.fromkeys(Loop.__dataclass_fields__) | {"instructions": hot})] if hot else []
+        labels = {"kernel": kernel, "arch": arch, "dtype": "bf16", "aligned": True, "variants": ["qkv", "wide"]}
+        counts = {"prologue": 200, "epilogue": 100, "instructions": 999, "loops": loops, "config": config}
+        return Record(**rest | labels | counts)
+
+    product = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}  # 26 steps, 2048 outputs a warp
+    records = [
+        record("layer_norm_linear_fwd", 80.0, **product),
+        record("plain_product", 90.0, **product),
+        record("row_statistics", 500.0, BLOCK_M=4, BLOCK_K=1024, num_warps=4),  # 2 steps, a row a warp
+        record("layer_norm", None, BLOCK_M=2, BLOCK_K=2048, num_warps=4),  # no loop, half a row a warp
+        record("plain_product", 90.0, arch="sm_80", **product),
+    ]
+    assert forms(records) == [
+        Form("sm_90: product, slots per 1024 outputs", (300 + 26 * 80) / 2, (300 + 26 * 90) / 2),
+        Form("sm_90: pass over x, slots per 1024 elements", 1300 * 1024 / k, 999 * 1024 * 2 / k),
+        Form(f"MB moved, {rows} rows", *(pytest.approx(mb, rel=1e-3) for mb in (76.065, 48.083))),
+        Form(f"MB moved, {8 * rows} rows", *(pytest.approx(mb, rel=1e-3) for mb in (259.64, 268.37))),
+    ]
+    assert forms(records[:3] + records[4:]) == []
 
 
 def loop(instructions, macs, around, around_macs):

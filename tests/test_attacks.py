@@ -154,11 +154,12 @@ def test_attention_with_the_tiles_of(as_on, device, case, n):
         assert_parity(attention, attention_inputs(1, 1, n, n, d, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("d", [41, 75])
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_unaligned_attention_with_the_tiles_of(as_on, device, chip):
+def test_unaligned_attention_with_the_tiles_of(as_on, device, chip, d):
     as_on(chip)
     with use_backend("triton"):
-        assert_parity(attention, attention_inputs(1, 1, 197, 197, 41, dtype=F16, device=device))
+        assert_parity(attention, attention_inputs(1, 1, 197, 197, d, dtype=F16, device=device))
 
 
 @pytest.mark.parametrize("d", [64, 40])

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..kernels.budget import accept
-from ..kernels.targets import lines
+from ..kernels.targets import WIDE, forms, lines
 from .console import Console, Problem, check_writable
 
 HEADER = ("kernel", "regs", "spill", "stack", "shared", "progs", "slots", "binds", "cycles", "per pair")
@@ -73,6 +73,15 @@ def compile_kernels(args):
     if targets:
         console.say()
         console.table(("figure", "now", "target", "", "others"), [_target(line) for line in targets])
+    beside = forms(records)
+    if beside:
+        _, k, n = WIDE
+        console.say(
+            f"\nLayerNorm + Linear of {k} to {n} features, fused and one by one (a card has to say which is faster)"
+        )
+        console.table(
+            ("figure", "fused", "split"), [(form.what, f"{form.fused:.4g}", f"{form.split:.4g}") for form in beside]
+        )
     unfit = [record for record in records if record.programs == 0]
     spilling = [record for record in records if record.spill_bytes or record.stack_bytes]
     seconds = time.perf_counter() - started
@@ -89,6 +98,7 @@ def compile_kernels(args):
         seconds,
         triton=metadata.version("triton"),
         records=[record.to_dict() | {"name": record.name} for record in records],
+        forms=[vars(form) for form in beside],
         targets=[vars(line) | {"met": line.met} for line in targets],
         failures=[vars(failure.case) | {"kernel": failure.kernel, "error": failure.error} for failure in failures],
     )
