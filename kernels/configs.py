@@ -173,14 +173,14 @@ def query_tiles(chip, dtype, head_dim, n, align=8):
     """
     chosen = attention_tiles("attention_fwd", chip, dtype, head_dim, align)
     half = chosen.BLOCK_M // 2
-    less = head_dim <= 128 and 8 * _padded(n, half) <= 7 * _padded(n, 2 * half)  # beyond, it spills
+    less = half >= 16 and head_dim <= 128 and 8 * _padded(n, half) <= 7 * _padded(n, 2 * half)  # beyond, it spills
     if less and chip in _MMA_SYNC.split() and dtype.itemsize == 2:
         chosen = replace(chosen, BLOCK_M=half, num_warps=chosen.num_warps // 2)
         half //= 2
     whole, left = divmod(n, chosen.BLOCK_M)
     last = tail(n, chosen.BLOCK_M)
     beside = chip == "interpreter" or (chip == "sm_90" and dtype.itemsize == 2)
-    if beside and head_dim <= 64:  # beyond, it spills
+    if beside and half >= 16 and head_dim <= 64:  # beyond, it spills
         if whole and 0 < left <= 16:
             return chosen, whole, chosen.BLOCK_M, 16
         if half < left <= half + 16:

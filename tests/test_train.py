@@ -228,8 +228,8 @@ def test_resume_from_the_beginning_and_at_the_end(pictures, tmp_path, capsys):
 def test_resume_takes_the_same_ways_on_a_cpu(pictures, tmp_path, capsys, monkeypatch):
     """Which product of matrices is the fastest is measured in each process, and each gives other bits."""
     args, variable = (pictures, "--out", tmp_path, *SMALL, *SHORT), "VITRITON_CPU_LINEAR"
-    taken, linear = [], packed.linear
-    monkeypatch.setattr(packed, "linear", lambda *a, **k: taken.append(packed.forced) or linear(*a, **k))
+    taken, chosen = [], packed._choice
+    monkeypatch.setattr(packed, "_choice", lambda *a: taken.append(a[-1]) or chosen(*a))
     monkeypatch.setattr(packed, "forced", "pytorch")
     monkeypatch.setattr(train, "save", lambda path, content: content.get("step") == 3 and save(path, content))
     monkeypatch.setattr(train.Training, "finish", lambda *_: 0)

@@ -85,7 +85,7 @@ def test_the_table_and_all_neighbours_are_allowed(row):
 @pytest.mark.parametrize(
     "kernel, wrong",
     [
-        ("attention_fwd", {"BLOCK_M": 16}),
+        ("attention_fwd", {"BLOCK_M": 8}),
         ("attention_fwd", {"BLOCK_N": 48}),
         ("attention_fwd", {"num_warps": 3}),
         ("attention_fwd", {"num_stages": 0}),
