@@ -25,9 +25,9 @@ FORMAT = 1
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 FIELDS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
-# {kernel: (least, most) of FIELDS}. tl.dot takes no less than 16, and offsets within a tile count on at most 256 rows. In
-# attention's backward pass in one kernel a thread reads back the sums that it stored itself, which holds for these tiles
-# and warps: there only the stages are free.
+# {kernel: (least, most) of FIELDS}. tl.dot takes no less than 16, and offsets within a tile count on at most 256 rows.
+# In attention's backward pass in one kernel a thread reads back the sums that it stored itself, which holds for these
+# tiles and warps: there only the stages are free.
 _FORWARD = ((16, 256), (16, 128), (0, 0), (2, 16), (1, 4))
 _BACKWARD = ((16, 128), (16, 128), (0, 0), (2, 16), (1, 4))
 _PRODUCT = ((32, 256), (32, 256), (16, 128), (2, 16), (1, 5))

@@ -31,9 +31,10 @@ ON_A_GPU = ("attention*", "prenorm*", "gelu", "tiles", "configs", "tun*", "aot",
 def source(device="cpu"):
     """A hash of what is measured: vitriton's own files but those of bench/, on a CPU those but the GPU's."""
     vit = Path(__file__).parents[1]
-    files = {*(vit.parent / "kernels").glob("*.py"), *vit.glob("*.py"), *vit.glob("integrations/*.py")}
+    kernels = vit.parent / "kernels"
+    files = {*kernels.glob("*.py"), *kernels.glob("*.cpp"), *vit.glob("*.py"), *vit.glob("integrations/*.py")}
     if torch.device(device).type == "cpu":
-        files -= {file for name in ON_A_GPU for file in (vit.parent / "kernels").glob(f"{name}.py")}
+        files -= {file for name in ON_A_GPU for file in kernels.glob(f"{name}.py")}
     files = sorted(files)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
