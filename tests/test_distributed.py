@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vitriton.vit.parallel import TORCHRUN
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -76,3 +77,12 @@ def test_a_model_that_was_sharded_says_what_to_do(results):
     sharded = "fully_shard has given it a class of its own: "
     assert f"{sharded}fuse the model before it is sharded" in results["fused too late"]
     assert f"{sharded}unfuse a model that is not sharded" in results["unfused too late"]
+
+
+@pytest.mark.parametrize(("environment", "written"), [({}, "finalized\n"), (dict.fromkeys(TORCHRUN, "1"), "")])
+def test_processes_of_torchrun_end_without_finalizing_python(environment, written):
+    """A thread of gloo's that asks for the GIL meanwhile would abort the process."""
+    code = "import atexit; from vitriton.vit.parallel import leave; atexit.register(print, 'finalized'); leave(3)"
+    kept = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, written)
