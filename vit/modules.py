@@ -41,8 +41,6 @@ class _Packs:
 class FusedAttention(_Packs, Attention):
     """`Attention` that makes no n x n map. (b, n, dim) -> (b, n, dim); head dims 8 to 256.
 
-    (In bf16 on a CPU products of matrices make one of few tokens, and training keeps it: kernels/blocks.py.)
-
     `norm`, if given, is a LayerNorm to apply to x first, in the same kernel as `to_qkv`. Raises what `qkv_attention`
     raises, ValueError for another head dim among it.
     """
