@@ -1,6 +1,6 @@
 """A race of whole ViTs: the plain model, ours, and whoever can run the same weights on the same images.
 
-Every model gets the plain one's weights, and its answers (logits; of a training step all gradients) are held to the
+Every model gets the plain one's weights, and its answers (logits; of a training step all gradients too) are held to the
 plain one's in fp64 before anything is timed. A name like "timm:ghostnet_100" stands for another network at equal input:
 it answers another question, so that its answers are not judged.
 """
@@ -124,7 +124,7 @@ class ModelRace(Contest):
         images = torch.randn(case.batch, 3, case.image_size, case.image_size)
         self.images = images.to(case.device, weights)
         self.labels = torch.randint(1000, (case.batch,)).to(case.device)
-        self.names = ("loss", "gradients") if case.training else ("logits",)
+        self.names = ("logits", "gradients") if case.training else ("logits",)
 
         progress("the answer in float64")
         gold = self.exact()
@@ -180,8 +180,9 @@ class ModelRace(Contest):
 
         def training():
             with autocast:
-                loss = F.cross_entropy(model(self.images), self.labels)
-            return loss, *torch.autograd.grad(loss, parameters)
+                logits = model(self.images)
+                loss = F.cross_entropy(logits, self.labels)
+            return logits, *torch.autograd.grad(loss, parameters)
 
         return training
 
@@ -192,7 +193,7 @@ class ModelRace(Contest):
         return self.faults(self.names, self.joined(answers), self.joined(base), self.joined(gold))
 
     def joined(self, answers):
-        """Of a training step, the loss and one vector of all gradients."""
+        """Of a training step, the logits (the rounding error of one number, the loss, is chance) and all gradients."""
         if not self.case.training:
             return answers
         return answers[0], torch.cat([g.flatten() for g in answers[1:]])
@@ -204,12 +205,11 @@ class ModelRace(Contest):
         if not self.case.training:
             with torch.no_grad():
                 return (torch.cat([model(images) for images, _ in chunks]),)
-        total = torch.zeros((), dtype=torch.float64, device=self.images.device)
+        logits = []
         for images, labels in chunks:
-            loss = F.cross_entropy(model(images), labels, reduction="sum") / self.case.batch
-            loss.backward()
-            total += loss.detach()
-        return total, *(p.grad for p in model.parameters())
+            logits.append(model(images))
+            (F.cross_entropy(logits[-1], labels, reduction="sum") / self.case.batch).backward()
+        return torch.cat(logits).detach(), *(p.grad for p in model.parameters())
 
     def flops(self, rival="plain"):
         """Operations of the plain formulas, whatever a rival makes of them; of another network, its own."""
