@@ -265,14 +265,6 @@ def test_repeatable_and_independent_of_grad_mode(where, dtype):
         assert not out.requires_grad and torch.equal(out, first["out"])
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @implementations()
 def test_an_image_and_a_head_alone(where, dtype, one_thread):
     """On one thread, as PyTorch's own products in fp16 differ in their last bits by how threads share them."""

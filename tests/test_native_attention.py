@@ -100,14 +100,6 @@ def test_a_bad_query_touches_its_row_only(case, bad):
     assert out[rows].isnan().all() and torch.equal(out[~rows], clean[~rows])
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("heads", [3, 12])
 def test_an_image_alone_in_bf16(heads, one_thread):
     """The same bits, in one thread: among more, PyTorch's product shares out few matrices in another order of sums."""
