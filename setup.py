@@ -28,7 +28,7 @@ setup(
         "vitriton.vit.bench": "vit/bench",
         "vitriton.vit.integrations": "vit/integrations",
     },
-    package_data={"vitriton.kernels": ["cpu_attention.cpp", "py.typed"], "vitriton.vit": ["py.typed"]},
+    package_data={"vitriton.kernels": ["*.cpp", "*.h", "py.typed"], "vitriton.vit": ["py.typed"]},
     install_requires=["torch>=2.9", "einops>=0.7", 'triton>=3.5; sys_platform == "linux"'],
     extras_require={
         "demo": DEMO,

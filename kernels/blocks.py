@@ -77,16 +77,18 @@ class _FeedForwardBlock(torch.autograd.Function):
 
 
 def _forward(ctx, between, dtype, eps, how, *inputs):
-    """y; between(z, how) gives what the last Linear takes, and what is kept for the backward pass."""
+    """y; between(z, how, last weight, last bias) gives what the last Linear takes, and what is kept for backward."""
     x, norm_weight, norm_bias, *parameters = inputs
     with _without_autocast():
         if dtype != x.dtype:
             parameters = [p if p is None else p.to(dtype) for p in parameters]
         weight, bias, out_weight, out_bias = parameters
-        normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0]
-        if normed.dtype != dtype:
-            normed = normed.to(dtype)
-        hidden, kept = between(linear(normed, weight, bias, may_pack=False), how)
+        if dtype == x.dtype:
+            z = native.layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, may_pack=False)
+        else:
+            normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0].to(dtype)
+            z = linear(normed, weight, bias, may_pack=False)
+        hidden, kept = between(z, how, out_weight, out_bias)
         y = linear(hidden, out_weight, out_bias, may_pack=False)
     cast = (weight, out_weight) if dtype != x.dtype else ()
     ctx.save_for_backward(*inputs, hidden, *cast, *kept)
@@ -129,7 +131,7 @@ def _backward_of_formula(ctx, grad, needs, inputs, formula):
     return [next(grads) if need else None for need in needs]
 
 
-def _attention(qkv, how):
+def _attention(qkv, how, *_):
     return native.qkv_attention_training(qkv, *how)
 
 
@@ -144,8 +146,8 @@ def _attention_formula(qkv, how):
     return torch.matmul(dots.softmax(dim=-1), v).transpose(1, 2).flatten(2)
 
 
-def _gelu(z, activation):
-    return F.gelu(z, approximate=GELU[activation]), (z,)
+def _gelu(z, activation, *out):
+    return native.gelu_training(z, activation, *out), (z,)
 
 
 def _gelu_backward(grad, _, kept, activation):

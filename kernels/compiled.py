@@ -1,4 +1,4 @@
-"""cpu_attention.cpp, compiled on this machine where a g++ is at hand, as Triton compiles what launches its kernels.
+"""The C++ beside this file, compiled here where a g++ is at hand, as Triton compiles what launches its kernels.
 
 It takes a second, once: the library is kept in the cache folder, for this source, compiler and processor. Where it
 cannot be had `why_not` says why, and PyTorch's own operators compute the same. Nothing here needs a compiler.
@@ -21,12 +21,24 @@ import torch
 
 from .tuned import folder
 
-__all__ = ["DTYPES", "attention_backward", "attention_forward", "why_not"]
+__all__ = [
+    "DTYPES",
+    "attention_backward",
+    "attention_forward",
+    "block",
+    "blocks",
+    "gelu",
+    "takes",
+    "why_no_blocks",
+    "why_not",
+]
 
-SOURCE = Path(__file__).with_name("cpu_attention.cpp")
+SOURCES = tuple(map(Path(__file__).with_name, ("cpu_attention.cpp", "cpu_blocks.cpp")))
+HEADERS = tuple(map(Path(__file__).with_name, ("cpu_attention.h", "cpu_vectors.h")))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+ACTIVATIONS = (None, "gelu", "gelu_tanh")
 SECONDS = 120  # for the compiler
 
 
@@ -57,6 +69,32 @@ class _Backward(ctypes.Structure):
     ]
 
 
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "row")),
+    ]
+
+
+class _Block(ctypes.Structure):  # its first members are the Linears of the source
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")),
+        *((name, _Linear) for name in ("first", "second")),
+        ("eps", ctypes.c_float),
+        ("activation", ctypes.c_int),
+        ("heads", ctypes.c_int64),
+        ("factor", ctypes.c_float),
+    ]
+
+
+class _Blocks(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y", "between", "blocks")),
+        *((name, ctypes.c_int64) for name in ("count", "batches", "tokens")),
+        *((name, ctypes.c_int) for name in ("residual", "threads")),
+    ]
+
+
 def why_not(dtype):
     """Why compiled attention cannot run here in a dtype, in words; None if it can. The first call may compile."""
     if dtype not in DTYPES:
@@ -69,9 +107,8 @@ def attention_forward(q, k, v, scale, with_lse):
     (b, h, n, d), keys = q.shape, k.shape[2]
     out = q.new_empty(b, n, h, d).transpose(1, 2)
     lse = q.new_empty(b, h, n, dtype=torch.float32) if with_lse else None
-    log_sums = None if lse is None else lse.data_ptr()
     factor = scale * math.log2(math.e)
-    problem = _Forward(*map(_tensor, (q, k, v, out)), log_sums, b, h, n, keys, d, factor, torch.get_num_threads())
+    problem = _Forward(*map(_tensor, (q, k, v, out)), _address(lse), b, h, n, keys, d, factor, torch.get_num_threads())
     _run("attention_forward", q, keys, problem)
     return out, lse
 
@@ -82,6 +119,96 @@ def attention_backward(grad, q, k, v, scale, dq, dk, dv):
     tensors = map(_tensor, (grad, q, k, v, dq, dk, dv))
     problem = _Backward(*tensors, b, h, n, keys, d, scale, scale * math.log2(math.e), torch.get_num_threads())
     _run("attention_backward", q, keys, problem)
+
+
+def why_no_blocks(dtype):
+    """The same of `blocks`."""
+    if why := why_not(dtype):
+        return why.replace("attention", "Linear")
+    if not hasattr(_library()[0], f"blocks_{DTYPES[dtype]}"):
+        return "this processor has no products of pairs of bf16"
+    return None
+
+
+def takes(dtype, k, weight, bias):
+    """Whether a block may have this Linear of (...,k), k > 0: all is as F.linear takes it, and bf16 lies in pairs."""
+    n = weight.shape[0]
+    return (
+        n > 0
+        and weight.stride(1) == 1
+        and weight.shape[1] == k
+        and weight.dtype == dtype
+        and (bias is None or (bias.dtype == dtype and bias.shape == (n,) and bias.is_contiguous()))
+        and (dtype == torch.float32 or not (k | weight.stride(0)) % 2)
+    )
+
+
+def block(norm, first, second=None, *, activation=None, heads=0, scale=0.0):
+    """For `blocks`: Linear(act(Linear(LayerNorm(x)))), or attention where GELU stands if there are heads.
+
+    norm: (its weight (K,), its bias (K,), eps), or None for the identity; first, second: (weight, bias or None), which
+    `takes` holds for; no second is the identity.
+    """
+    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    made = _Block(
+        _address(norm_weight),
+        _address(norm_bias),
+        _linear(*first),
+        _linear(*second) if second else _NOTHING,
+        eps,
+        ACTIVATIONS.index(activation),
+        heads,
+        scale * math.log2(math.e),
+    )
+    made.tensors = norm_weight, norm_bias, first, second  # whose addresses it has
+    return made
+
+
+def blocks(x, blocks, *, residual=False):
+    """These blocks of x (...,K), not empty, one after the other, each + what it takes if `residual`; (B,N,K) if one has
+    heads. All is of one dtype, fp32 or bf16; not differentiable."""
+    x = x.contiguous()
+    *outer, tokens, _ = x.shape if x.dim() > 1 else (1, *x.shape)
+    last = blocks[-1].second.n or blocks[-1].first.n
+    y = x.new_empty(*x.shape[:-1], last)
+    inner = max((b.first.n // 3 for b in blocks if b.heads), default=0)
+    batches = math.prod(outer)
+    between = x.new_empty(batches * tokens, 4 * inner) if inner else None
+    array = (_Block * len(blocks))(*blocks)
+    problem = _Blocks(
+        x.data_ptr(),
+        y.data_ptr(),
+        _address(between),
+        ctypes.addressof(array),
+        len(blocks),
+        batches,
+        tokens,
+        residual,
+        torch.get_num_threads(),
+    )
+    if getattr(_library()[0], f"blocks_{DTYPES[x.dtype]}")(ctypes.byref(problem)):
+        raise MemoryError(f"no memory for what threads keep of {batches} x {tokens} tokens")
+    return y
+
+
+def gelu(z, activation):
+    """GELU of z, contiguous, in the bits that a block has between its Linears."""
+    y = torch.empty_like(z)
+    run = getattr(_library()[0], f"gelu_{DTYPES[z.dtype]}")
+    arguments = ctypes.c_void_p(z.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(z.numel())
+    run(*arguments, activation == "gelu_tanh", torch.get_num_threads())
+    return y
+
+
+_NOTHING = _Linear()
+
+
+def _linear(weight, bias):
+    return _Linear(weight.data_ptr(), _address(bias), *weight.shape, weight.stride(0))
+
+
+def _address(t):
+    return None if t is None else t.data_ptr()
 
 
 def _run(name, q, keys, problem):
@@ -143,16 +270,16 @@ def _compiled(compiler):
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS).stdout
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
         processor = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(repr((source, FLAGS, NATIVE, said, sorted(processor))).encode()).hexdigest()[:16]
-    file = folder() / f"attention-{key}.so"
+    sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
+    key = hashlib.sha256(repr((sources, FLAGS, NATIVE, said, sorted(processor))).encode()).hexdigest()[:16]
+    file = folder() / f"cpu-{key}.so"
     if file.exists():
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, made = tempfile.mkstemp(dir=file.parent, suffix=".so")  # processes may compile at once: the last one stays
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, NATIVE, str(SOURCE), "-o", made]
+        command = [compiler, *FLAGS, NATIVE, *map(str, SOURCES), "-o", made]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
         os.replace(made, file)
     finally:

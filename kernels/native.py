@@ -9,19 +9,24 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from . import compiled
 from .launch import accumulator
 from .native_attention import (
     attention_backward,
     attention_forward,
+    choice,
     heads_apart,
     images_by_products,
     qkv_attention_backward,
 )
-from .packed import GELU, linear, weight_grad
+from .packed import GELU, is_compiled, linear, weight_grad
 
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "compiled_attention",
+    "compiled_feed_forward",
+    "gelu_training",
     "heads_apart",
     "images_by_products",
     "layer_norm_linear_backward",
@@ -165,12 +170,43 @@ def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
 # For blocks in inference: see ops.direct. The bits are those of the functions above.
 
 
-def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation=None):
+def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation=None, *, may_pack=True):
     """y of layer_norm_linear_forward, all tensors being in x's dtype, fp32 or bf16."""
     k = x.shape[-1]
+    if is_compiled(x, (weight, bias)) and norm_weight.shape == norm_bias.shape == (k,):
+        norm = norm_weight.contiguous(), norm_bias.contiguous(), eps
+        return compiled.blocks(x, [compiled.block(norm, (weight, bias), activation=activation)])
     if k == 1:
         return layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, False)[0]
-    return linear(torch.native_layer_norm(x, (k,), norm_weight, norm_bias, eps)[0], weight, bias, activation)
+    normed = torch.native_layer_norm(x, (k,), norm_weight, norm_bias, eps)[0]
+    return linear(normed, weight, bias, activation, may_pack=may_pack)
+
+
+def compiled_attention(x, norm_weight, norm_bias, weight, bias, out_weight=None, out_bias=None, *, heads, scale, eps):
+    """The block of compiled.py for Linear(attention(Linear(LayerNorm(x)))), x (B,N,K); None where it is none.
+
+    It holds for any x of this shape and dtype, as long as the parameters are where they are. weight is (3*H*D,K).
+    """
+    inner = weight.shape[0] // 3
+    if out_weight is None or not (is_compiled(x, (weight, bias)) and choice(x.dtype).compiled):
+        return None
+    if not compiled.takes(x.dtype, inner, out_weight, out_bias) or not _are_plain(x, norm_weight, norm_bias):
+        return None
+    norm, first, second = (norm_weight, norm_bias, eps), (weight, bias), (out_weight, out_bias)
+    return compiled.block(norm, first, second, heads=heads, scale=scale)
+
+
+def compiled_feed_forward(x, norm_weight, norm_bias, weight, bias, out_weight, out_bias, *, activation, eps):
+    """The same for Linear(act(Linear(LayerNorm(x)))), x (...,K)."""
+    first, second = (weight, bias), (out_weight, out_bias)
+    if not (is_compiled(x, first, second) and _are_plain(x, norm_weight, norm_bias)):
+        return None
+    return compiled.block((norm_weight, norm_bias, eps), first, second, activation=activation)
+
+
+def _are_plain(x, *vectors):
+    """Whether these are contiguous vectors (K,), for x (...,K)."""
+    return all(v.shape == x.shape[-1:] and v.is_contiguous() for v in vectors)
 
 
 def qkv_attention_inference(qkv, heads, scale):
@@ -180,6 +216,13 @@ def qkv_attention_inference(qkv, heads, scale):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For blocks in training: see blocks.py. N is 2 at least.
+
+
+def gelu_training(z, activation, weight, bias):
+    """GELU of z (...,K), as it stands before the Linear by weight (N,K) in inference."""
+    if is_compiled(z, (weight, bias)):
+        return compiled.gelu(z, activation)
+    return F.gelu(z, approximate=GELU[activation])
 
 
 def qkv_attention_training(qkv, heads, scale):

@@ -19,9 +19,10 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from . import compiled
 from .choice import fastest, from_environment, in_words, once, sample
 
-LINEARS = ("auto", "pytorch", "onednn", "packed", "trusted")
+LINEARS = ("auto", "pytorch", "onednn", "packed", "trusted", "compiled")
 VARIABLE = "VITRITON_CPU_LINEAR"
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -52,6 +53,8 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
         return _activate(F.linear(x, weight, bias), activation)
     rows = x.numel() // k
     chosen = _choice(x.dtype, rows < FEW_ROWS, n * k <= SMALL, torch.get_num_threads(), forced)
+    if chosen.linear == "compiled" and compiled.takes(x.dtype, k, weight, bias) and x.shape[-1] == k:
+        return compiled.blocks(x, [compiled.block(None, (weight, bias), activation=activation)])
     if chosen.linear == "pytorch":
         return _activate(_pytorch_linear(x, weight, bias), activation)
     pieces = -(-k // LONGEST) if x.dtype == torch.float32 else 1
@@ -72,6 +75,17 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
     if activation == "gelu" and chosen.fuses_gelu:
         return onednn_linear(x, w, bias, "gelu", (), "none")
     return _activate(onednn_linear(x, w, bias, "none", (), ""), activation)
+
+
+def is_compiled(x, *linears):
+    """Whether these (weight, bias) may be in a block of compiled.py, and are faster there: the first of x (...,K), not
+    empty, each other of what the one before gives."""
+    rows, k = x.numel() // x.shape[-1], x.shape[-1]
+    for weight, bias in linears:
+        if not compiled.takes(x.dtype, k, weight, bias) or choice(x.dtype, rows, *weight.shape).linear != "compiled":
+            return False
+        k = weight.shape[0]
+    return True
 
 
 def _as_onednn_takes(weight):
@@ -246,6 +260,9 @@ def _choice(dtype, few_rows, small, threads, forced):
         return Choice("pytorch", False, why_not)
     if few_rows and dtype == torch.float32 and forced == "auto":
         return Choice("pytorch", False, "PyTorch's own product errs less, and with few rows it is as fast")
+    not_compiled = compiled.why_no_blocks(dtype) if forced in ("auto", "compiled") and not few_rows else "few rows"
+    if forced == "compiled" and not not_compiled:
+        return Choice("compiled", False, f"{VARIABLE} is {forced!r}")
     k, n = CLASSES[small]
     x, weight = sample(16 if few_rows else 192, k).to(dtype), sample(n, k).to(dtype)
     copy = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -262,12 +279,17 @@ def _choice(dtype, few_rows, small, threads, forced):
     if forced != "auto":
         linear = "onednn" if few_rows else "packed" if forced == "trusted" else forced
         return Choice(linear, fuses_gelu, f"{VARIABLE} is {forced!r}")
-    seconds = fastest(
-        pytorch=lambda: F.linear(x, weight),
-        onednn=lambda: onednn_linear(x, weight, None, "none", (), ""),
-        packed=lambda: onednn_linear(x, copy, None, "none", (), ""),
-    )
-    if seconds["pytorch"] < MARGIN * seconds[best]:
+    ways = {
+        "pytorch": lambda: F.linear(x, weight),
+        "onednn": lambda: onednn_linear(x, weight, None, "none", (), ""),
+        "packed": lambda: onednn_linear(x, copy, None, "none", (), ""),
+    }
+    if not not_compiled:
+        ways["compiled"] = lambda: compiled.blocks(x, [compiled.block(None, (weight, None))])
+    seconds = fastest(**ways)
+    if not not_compiled and min(seconds.values()) >= MARGIN * seconds["compiled"]:
+        best, reason = "compiled", "it is as fast or faster here, and keeps no copies"
+    elif seconds["pytorch"] < MARGIN * seconds[best]:
         best, reason = "pytorch", "PyTorch's own product is faster here"
     why = f"{reason} ({len(x)} x {k} x {n}: {in_words(seconds)})"
     return Choice(best, fuses_gelu and best != "pytorch", why)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vitriton.kernels import native, use_backend
+from vitriton.kernels import native, packed, use_backend
 from vitriton.vit import check, console, costs, demo, doctor, fuse, modules, timing
 from vitriton.vit.cli import build_parser, main
 from vitriton.vit.measure import peak_memory, pick_device, quartiles
@@ -232,6 +232,7 @@ def test_costs_judge_answers(monkeypatch):
     def wrong(*args):
         return forward(*args) * 1.001
 
+    monkeypatch.setattr(packed, "forced", "pytorch")
     with use_backend("native"):
         right = costs.cost("ti", "forward", 1, CPU, seconds=0)
         monkeypatch.setattr(modules, "layer_norm_linear_inference", wrong)

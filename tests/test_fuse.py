@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from vitriton.kernels import use_backend
 from vitriton.vit import FusedAttention, FusedFeedForward, FusedPreNorm, fuse, unfuse
+from vitriton.vit.modules import FusedViT
 from vitriton.vit.reference import Attention, FeedForward, PreNorm, ViT, vit_preset
 
 SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 24, "depth": 2, "heads": 3, "mlp_dim": 40}
@@ -62,7 +63,7 @@ def test_unfuse_restores_outputs_to_the_last_bit():
     assert not torch.equal(model(x), before)
     assert classes(model) != plain
     report = unfuse(model)
-    assert len(report.swapped) == 8 and not report.left
+    assert len(report.swapped) == 10 and not report.left
     assert classes(model) == plain
     assert torch.equal(model(x), before)
 
@@ -227,11 +228,13 @@ def test_report():
     assert "cannot be fused" in left["transformer.layers.1.0"].reason
     swapped = [block.name for block in report.swapped]
     assert swapped == [
-        name for name, cls in classes(model).items() if cls in (FusedAttention, FusedFeedForward, FusedPreNorm)
+        name
+        for name, cls in classes(model).items()
+        if cls in (FusedViT, FusedAttention, FusedFeedForward, FusedPreNorm)
     ]
-    assert len(swapped) == 6
+    assert len(swapped) == 7
     text = str(report)
-    assert text.startswith("fused 6 blocks: 3 vitriton.vit.reference.PreNorm, 1 vitriton.vit.reference.Attention, 2 ")
+    assert text.startswith("fused 7 blocks: 1 vitriton.vit.reference.ViT, 3 vitriton.vit.reference.PreNorm, 1 vitriton")
     assert "left as they are: 2 blocks" in text
     assert "  transformer.layers.1.0.fn (vitriton.vit.reference.Attention): to_qkv is" in text
 
@@ -241,7 +244,7 @@ def test_dry_run_changes_nothing():
     before = classes(model)
     report = fuse(model, dry_run=True)
     assert classes(model) == before
-    assert str(report).startswith("would fuse 8 blocks: ")
+    assert str(report).startswith("would fuse 10 blocks: ")
     assert report.swapped == fuse(model).swapped
 
 
@@ -251,8 +254,8 @@ def test_fusing_twice_changes_nothing_and_says_so():
     before = classes(model)
     report = fuse(model, strict=True)
     assert classes(model) == before
-    assert (report.swapped, report.left, report.already) == ([], [], 8)
-    assert str(report) == "fused 0 blocks\nalready fused: 8 blocks"
+    assert (report.swapped, report.left, report.already) == ([], [], 10)
+    assert str(report) == "fused 0 blocks\nalready fused: 10 blocks"
 
 
 def test_strict_raises_before_anything_is_changed():

@@ -14,7 +14,8 @@ import torch
 from fused_blocks import assert_within_rounding, called, randomise, run
 from torch import nn
 from vitriton.kernels import use_backend
-from vitriton.vit import Attention, FusedAttention, FusedFeedForward, FusedPreNorm, fuse, unfuse
+from vitriton.vit import Attention, fuse, unfuse
+from vitriton.vit.fuse import FUSED
 from vitriton.vit.known import same_function
 
 FUSED_CALLS = {"layer_norm_linear": 4, "qkv_attention": 2}  # of a model with two layers
@@ -152,14 +153,14 @@ def test_blocks_of_the_same_form_are_swapped(user_file, replacements):
     base = run(model, x, grad)
 
     report = fuse(model, strict=True)
-    assert len(report.swapped) == 8
+    assert len(report.swapped) == 9
     assert {block.cls for block in report.swapped} <= {f"user_file.{cls.__qualname__}" for cls in plain.values()}
     assert called(model, x) == FUSED_CALLS
     assert_within_rounding(run(model, x, grad), base, gold)
     for name, module in model.named_modules():
         assert isinstance(module, plain[name])
-        assert type(module) is plain[name] or isinstance(module, (FusedAttention, FusedFeedForward, FusedPreNorm))
-    assert fuse(model).already == 8
+        assert type(module) is plain[name] or isinstance(module, FUSED)
+    assert fuse(model).already == 9
 
     other = pickle.loads(pickle.dumps(copy.deepcopy(model), protocol=0))
     assert classes(other) == classes(model)
@@ -321,7 +322,7 @@ def test_real_vit_pytorch():
     model = randomise(vit_pytorch.ViT(**sizes, dim_head=8, dropout=0.1)).eval()
     x = torch.randn(2, 3, 16, 16)
     before = model(x)
-    assert len(fuse(model, strict=True).swapped) == 8
+    assert len(fuse(model, strict=True).swapped) == 9
     assert called(model, x) == FUSED_CALLS
     torch.testing.assert_close(model(x), before)
     unfuse(model)

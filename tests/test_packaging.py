@@ -182,8 +182,9 @@ def test_every_package_is_listed(setup_arguments):
     assert set(setup_arguments["packages"]) == set(names)
     for name in ("vitriton.kernels", "vitriton.vit"):
         assert ROOT / setup_arguments["package_dir"][name] == names[name]
-        others = {file.name for file in names[name].iterdir() if file.is_file() and file.suffix in (".typed", ".cpp")}
-        assert set(setup_arguments["package_data"][name]) == others and "py.typed" in others
+        others = {file.name for file in names[name].iterdir() if file.suffix in (".typed", ".cpp", ".h")}
+        packaged = {file.name for glob in setup_arguments["package_data"][name] for file in names[name].glob(glob)}
+        assert packaged == others and "py.typed" in others
     assert setup_arguments["license"] == "MIT" and "MIT License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ import threading
 import pytest
 import torch
 from torch import nn
-from vitriton.kernels import layer_norm_linear, packed, use_backend
+from vitriton.kernels import compiled, layer_norm_linear, packed, use_backend
 from vitriton.kernels.ops import linear
 from vitriton.kernels.reference import compare
 from vitriton.vit import Attention, FeedForward, PreNorm, fuse
@@ -366,7 +366,7 @@ def test_threads_share_copies():
 def test_the_choice_is_made_once_and_says_why(dtype, monkeypatch):
     monkeypatch.setattr(packed, "forced", "auto")
     choice = packed.choice(dtype, 197, 768, 192)
-    assert choice.linear in ("pytorch", "onednn", "packed") and choice.why
+    assert choice.linear in ("pytorch", "onednn", "packed", "compiled") and choice.why
     assert packed.choice(dtype, 394, 192, 192) is choice  # of the same class
     if packed.why_not_onednn(dtype) is not None:
         assert choice.linear == "pytorch" and choice.why == packed.why_not_onednn(dtype)
@@ -376,10 +376,11 @@ def test_the_choice_is_made_once_and_says_why(dtype, monkeypatch):
 
 def test_the_slower_product_is_passed_over(monkeypatch):
     monkeypatch.setattr(packed, "forced", "auto")
-    for slow, expected in (("packed", "pytorch"), ("pytorch", "packed")):
-        monkeypatch.setattr(packed, "fastest", lambda slow=slow, **calls: {n: 1 + (n == slow) for n in calls})
+    names = ("pytorch", "packed", "compiled")
+    for fast in names if compiled.why_no_blocks(torch.float32) is None else names[:2]:
+        monkeypatch.setattr(packed, "fastest", lambda fast=fast, **calls: {n: 2 - (n == fast) for n in calls})
         packed._choice.cache_clear()
-        assert packed.choice(torch.float32, 197, 768, 192).linear == expected
+        assert packed.choice(torch.float32, 197, 768, 192).linear == fast
     packed._choice.cache_clear()
 
 

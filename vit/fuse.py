@@ -16,11 +16,11 @@ from torch import nn
 from .integrations import FORMS, form_of, handed, looks_like_a_block, remark, why_not, why_unknown
 from .integrations.blocks import Fused
 from .known import SHARDED, is_sharded, learn, name_of
-from .modules import FusedAttention, FusedFeedForward, FusedPreNorm
+from .modules import FusedAttention, FusedFeedForward, FusedPreNorm, FusedTransformer, FusedViT
 
 __all__ = ["Block", "FuseReport", "fuse", "fused_class", "fused_modules", "unfuse"]
 
-FUSED = (FusedAttention, FusedFeedForward, FusedPreNorm, Fused)
+FUSED = (FusedAttention, FusedFeedForward, FusedPreNorm, FusedTransformer, FusedViT, Fused)
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,29 @@ another class (DTensor), the modules are called one by one as in the plain block
 A hook on every module (torch.nn.modules.module.register_module_forward_hook, torch's FlopCounterMode) counts as such.
 """
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels import layer_norm_linear, qkv_attention
+from ..kernels import compiled, layer_norm_linear, qkv_attention
 from ..kernels.blocks import attention_block, dtype_of_block, feed_forward_block
 from ..kernels.functions import MAX_HEAD_DIM, MIN_HEAD_DIM
-from ..kernels.native import layer_norm_linear_inference, qkv_attention_inference
+from ..kernels.native import (
+    compiled_attention,
+    compiled_feed_forward,
+    layer_norm_linear_inference,
+    qkv_attention_inference,
+)
 from ..kernels.ops import direct, direct_layer_norm_linear, linear, needs_grad
 from ..kernels.packed import forget
 from ..kernels.packed import linear as native_linear
 from . import record
 from .known import is_layer_norm
 from .notes import NOT_MERGED, note
-from .reference import Attention, FeedForward, PreNorm
+from .reference import Attention, FeedForward, PreNorm, Transformer, ViT
 
-__all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm"]
+__all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm", "FusedTransformer", "FusedViT"]
 
 LOOKED_AT = "something looks at the attention weights, or changes them"
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # nn.GELU's approximate -> layer_norm_linear's activation
@@ -60,8 +66,8 @@ class FusedAttention(_Packs, Attention):
             record.observe_qkv(self, qkv, self.heads, self.scale)
         return apply(self.to_out, qkv_attention(qkv, self.heads, scale=self.scale))
 
-    def directly(self, x, norm, dtype):
-        """self(x, norm), with products in the dtype_of_block, past all calls; None where it is not surely the same."""
+    def parts(self, x, norm):
+        """The parameters of norm and of this block, if self(x, norm) is surely a function of x and them; else None."""
         modules = self._modules
         attend, to_qkv, to_out = modules["attend"], modules["to_qkv"], modules["to_out"]
         kinds, leaves, linears = IN_ATTENTION, [norm, attend, to_qkv, to_out], [to_qkv]
@@ -72,9 +78,15 @@ class FusedAttention(_Packs, Attention):
         dropout = modules.get("dropout")
         if not all_bare(kinds, leaves) or attend.dim != -1 or not (dropout is None or idle(dropout)):
             return None
-        parameters = all_plain(x, norm, *linears)
         head_dim, rest = divmod(to_qkv.out_features, 3 * self.heads)
-        if parameters is None or x.dim() != 3 or rest or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        if x.dim() != 3 or rest or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            return None
+        return all_plain(x, norm, *linears)
+
+    def directly(self, x, norm, dtype):
+        """self(x, norm), with products in the dtype_of_block, past all calls; None where it is not surely the same."""
+        parameters = self.parts(x, norm)
+        if parameters is None:
             return None
         if needs_grad(x, *parameters):
             if not parameters[4:] or min(x.shape[1:]) < 2:
@@ -82,9 +94,15 @@ class FusedAttention(_Packs, Attention):
             return attention_block(x, *parameters, heads=self.heads, scale=self.scale, eps=norm.eps, dtype=dtype)
         if dtype != x.dtype:
             return None
+        if block := self.compiled(x, norm, parameters):
+            return compiled.blocks(x, [block])
         qkv = layer_norm_linear_inference(x, *parameters[:4], norm.eps)
         y = qkv_attention_inference(qkv, self.heads, self.scale)
         return native_linear(y, *parameters[4:]) if parameters[4:] else y
+
+    def compiled(self, x, norm, parameters):
+        """The block of kernels/compiled.py that is this one, with these `parts`; None if there is none."""
+        return compiled_attention(x, *parameters, heads=self.heads, scale=self.scale, eps=norm.eps)
 
     def _only_softmax(self):
         """Whether nothing but softmax stands between the scores and their product with v, and nobody looks at it."""
@@ -119,25 +137,37 @@ class FusedFeedForward(_Packs, FeedForward):
             hidden = apply(module, hidden)
         return hidden
 
-    def directly(self, x, norm, dtype):
-        """self(x, norm), with products in the dtype_of_block, past all calls; None where it is not surely the same."""
+    def parts(self, x, norm):
+        """The parameters of norm and of this block, if self(x, norm) is surely a function of x and them; else None."""
         net = self._modules["net"]
         leaves = (norm, net, *net._modules.values())
         if not all_bare(IN_FEED_FORWARD, leaves):
             return None
-        _, _, first, gelu, _, second, _ = leaves
-        parameters = all_plain(x, norm, first, second)
+        return all_plain(x, norm, leaves[2], leaves[5])
+
+    def directly(self, x, norm, dtype):
+        """self(x, norm), with products in the dtype_of_block, past all calls; None where it is not surely the same."""
+        parameters = self.parts(x, norm)
         if parameters is None:
             return None
-        activation = ACTIVATIONS[gelu.approximate]
         if needs_grad(x, *parameters):
             if x.shape[-1] < 2:
                 return None
+            activation = self._activation()
             return feed_forward_block(x, *parameters, activation=activation, eps=norm.eps, dtype=dtype)
         if dtype != x.dtype:
             return None
-        hidden = layer_norm_linear_inference(x, *parameters[:4], norm.eps, activation)
+        if block := self.compiled(x, norm, parameters):
+            return compiled.blocks(x, [block])
+        hidden = layer_norm_linear_inference(x, *parameters[:4], norm.eps, self._activation())
         return native_linear(hidden, *parameters[4:])
+
+    def compiled(self, x, norm, parameters):
+        """The block of kernels/compiled.py that is this one, with these `parts`; None if there is none."""
+        return compiled_feed_forward(x, *parameters, activation=self._activation(), eps=norm.eps)
+
+    def _activation(self):
+        return ACTIVATIONS[self._modules["net"]._modules["1"].approximate]
 
 
 class FusedPreNorm(PreNorm):
@@ -160,6 +190,61 @@ class FusedPreNorm(PreNorm):
             if y is not None:
                 return y
         return fn(x, norm=self.norm)
+
+
+class FusedTransformer(Transformer):
+    """`Transformer` whose blocks, if fused, are one call where nothing is to be differentiated on a CPU.
+
+    (b, n, dim) -> (b, n, dim). Anywhere else, and where a hook would miss its input, the blocks are called one by one.
+    """
+
+    plain = Transformer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not record.active and dtype_of_block(x) == x.dtype:
+            blocks = self.compiled(x)
+            if blocks:
+                return compiled.blocks(x, blocks, residual=True)
+        return self.plain.forward(self, x)
+
+    def compiled(self, x):
+        """The blocks of kernels/compiled.py that are this module's; None where one has none, or is not surely one."""
+        layers = self._modules["layers"]
+        if any(type(module) is not nn.ModuleList for module in (layers, *layers._modules.values())):
+            return None
+        blocks = []
+        for layer in layers._modules.values():
+            for pre_norm in layer._modules.values():
+                kind = type(pre_norm)
+                if kind.forward is not FusedPreNorm.forward or not all_bare((kind,), (pre_norm,)):
+                    return None
+                norm, fn = pre_norm._modules["norm"], pre_norm._modules["fn"]
+                if not takes_norm(fn) or not all_bare((type(fn),), (fn,)):
+                    return None
+                parameters = fn.parts(x, norm)
+                if parameters is None or needs_grad(x, *parameters):
+                    return None
+                block = fn.compiled(x, norm, parameters)
+                if block is None or parameters[-2].shape[0] != x.shape[-1]:
+                    return None
+                blocks.append(block)
+        return blocks
+
+
+class FusedViT(ViT):
+    """`ViT` whose patches and head take the faster Linear as well. (b, channels, height, width) -> (b, num_classes)."""
+
+    plain = ViT
+
+    def forward(self, img: Tensor) -> Tensor:
+        if img.ndim != 4 or img.shape[1:] != self.image_shape:
+            return self.plain.forward(self, img)  # which says what is wrong
+        x = apply(self.to_patch_embedding, img)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x += self.positions()
+        x = self.transformer(self.dropout(x))
+        x = x.mean(dim=1) if self.pool == "mean" else x[:, 0]
+        return apply(self.mlp_head, self.to_latent(x))
 
 
 def takes_norm(module):

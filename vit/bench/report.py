@@ -32,7 +32,8 @@ def source(device="cpu"):
     """A hash of what is measured: vitriton's own files but those of bench/, on a CPU those but the GPU's."""
     vit = Path(__file__).parents[1]
     kernels = vit.parent / "kernels"
-    files = {*kernels.glob("*.py"), *kernels.glob("*.cpp"), *vit.glob("*.py"), *vit.glob("integrations/*.py")}
+    patterns = {kernels: ("*.py", "*.cpp", "*.h"), vit: ("*.py", "integrations/*.py")}
+    files = {file for folder, globs in patterns.items() for glob in globs for file in folder.glob(glob)}
     if torch.device(device).type == "cpu":
         files -= {file for name in ON_A_GPU for file in kernels.glob(f"{name}.py")}
     files = sorted(files)

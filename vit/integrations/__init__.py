@@ -80,7 +80,7 @@ def why_unknown(module):
 
 def looks_like_a_block(module, form):
     """Whether a user may expect that a module is fused which is not."""
-    if form not in (None, vit_pytorch.FEED_FORWARD, vit_pytorch.NORM_FEED_FORWARD):
+    if form not in (None, vit_pytorch.FEED_FORWARD, vit_pytorch.NORM_FEED_FORWARD, vit_pytorch.TRANSFORMER):
         return True  # many a class that is no FeedForward has that forward, self.net(x)
     cls = type(module)
     return name_of(cls) in REFUSED or any(

@@ -13,9 +13,19 @@ from torch import einsum, nn
 
 from ..forms import Form, drops, unlike, unlike_heads, unlike_layer_norm, unlike_sequence, why_not_swap
 from ..known import is_layer_norm, name_of, same_function
-from ..modules import FusedAttention, FusedFeedForward, FusedPreNorm, apply, idle, takes_norm, untouched
+from ..modules import (
+    FusedAttention,
+    FusedFeedForward,
+    FusedPreNorm,
+    FusedTransformer,
+    FusedViT,
+    apply,
+    idle,
+    takes_norm,
+    untouched,
+)
 from ..notes import note
-from ..reference import Attention, FeedForward, PreNorm
+from ..reference import Attention, FeedForward, PreNorm, Transformer
 from .blocks import Fused, attend_packed, feed_forward, not_plain, project
 
 __all__ = ["FusedNormAttention", "FusedNormFeedForward", "form_of"]
@@ -129,6 +139,21 @@ def _why_not_pre_norm(module):
     return f"its fn, {name_of(type(fn))}, cannot be fused, so norm has no Linear to merge with"
 
 
+POSITIONS = ("pos_embedding", "pos_embedding_rows", "pos_embedding_cols")
+
+
+def _why_not_transformer(module):
+    layers = module.layers
+    if any(type(m) is not nn.ModuleList for m in (layers, *layers)) or any(len(layer) != 2 for layer in layers):
+        return "its layers are no ModuleList of ModuleLists of two blocks"
+    for layer in layers:
+        for block in layer:
+            form = form_of(block)
+            if not isinstance(block, FusedPreNorm) and (form is not PRE_NORM or why_not_swap(block, form) is not None):
+                return "not all of its blocks are PreNorm(Attention) and PreNorm(FeedForward)"
+    return None
+
+
 ATTENTION = Form(
     FusedAttention, ("attend", "to_qkv", "to_out"), ("dropout",), _why_not_attention, _drops, skips=("attend", "to_qkv")
 )
@@ -141,7 +166,9 @@ NORM_ATTENTION = Form(
 NORM_FEED_FORWARD = Form(
     FusedNormFeedForward, ("net",), (), _why_not_norm_feed_forward, skips=("net", "net.0", "net.1", "net.2")
 )
-PLAIN = (ATTENTION, FEED_FORWARD, PRE_NORM)
+TRANSFORMER = Form(FusedTransformer, ("layers",), (), _why_not_transformer)
+VIT = Form(FusedViT, ("to_patch_embedding", "cls_token", "dropout", "transformer", "to_latent", "mlp_head"), POSITIONS)
+PLAIN = (ATTENTION, FEED_FORWARD, PRE_NORM, TRANSFORMER, VIT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,5 +261,6 @@ SPELLINGS = (
     ),
     (FEED_FORWARD, (FeedForward.forward,)),
     (PRE_NORM, (PreNorm.forward, _pre_norm_without_keywords)),
+    (TRANSFORMER, (Transformer.forward,)),
     (NORM_ATTENTION, (_norm_attention_matmul, _norm_attention_matmul_dropout)),
 )

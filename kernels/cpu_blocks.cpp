@@ -1,0 +1,280 @@
+// A ViT's pre-norm blocks in inference on a CPU, any number of them in one call: what compiled.py compiles.
+//
+//     attention      y = Linear(attention(Linear(LayerNorm(x)))) [+ x]
+//     feed forward   y = Linear(GELU(Linear(LayerNorm(x)))) [+ x]
+//
+// and what they are made of, act(norm(x) wᵀ + b) and one more Linear of that. Threads share out the rows; what lies
+// between two products stays in a thread's cache. A product reads a weight (N,K) where it lies: a chunk of K and a panel
+// of WIDE of its rows at a time are transposed into the nearest cache, and used for all rows of a thread's part, up to
+// MOST_ROWS, by tiles of R rows. So there is no copy of a weight that a change of it would make stale. Both are read as
+// Units of 32 bits, one fp32 or a pair of bf16; sums are in fp32, and rounded where a block would store them.
+
+#include <atomic>
+
+#include <type_traits>
+
+#include "cpu_attention.h"
+#include "cpu_vectors.h"
+
+constexpr int64_t MOST_CHUNK = 128, SPAN = 768, MOST_ROWS = 252, FEW_ROWS = 512, WIDE = C * L;
+
+extern "C" {
+
+struct Linear {  // weight (n, k), its last stride 1, bias (n) or null; without it weight is null
+  const void *weight, *bias;
+  int64_t n, k, row;
+};
+
+struct Linears {  // norm_weight, norm_bias (first.k) or null; second may be without weight
+  const void *norm_weight, *norm_bias;
+  Linear first, second;
+  float eps;
+  int activation;
+};
+
+struct Block {  // heads is 0 in feed forward
+  Linears linears;
+  int64_t heads;
+  float factor;  // scale / ln 2
+};
+
+struct Blocks {  // x, y (batches, tokens, their last dims), between (batches * tokens, 4 * heads * dim), all contiguous
+  const void* x;
+  void *y, *between;
+  const Block* blocks;
+  int64_t count, batches, tokens;
+  int residual, threads;
+};
+}
+
+enum { NONE, GELU, GELU_TANH };
+
+// finish(n, c) of each panel c (rows, WIDE), columns n to n + WIDE of a wᵀ, a (rows, k). Where that many rows of a do not
+// stay in cache, all panels get the sum over a SPAN of k before the next: c has room for them
+template <class Unit, class T, class Finish>
+static void panels(const T* a, int64_t rows, const Linear& w, int64_t chunk, float* panel, float* c, Finish finish) {
+  const int64_t units = w.k / Unit::elements, row = w.row / Unit::elements;
+  const float *left = reinterpret_cast<const float*>(a), *weight = static_cast<const float*>(w.weight);
+  for (int64_t start = 0; start < units; start += SPAN)
+    for (int64_t n = 0; n < w.n; n += WIDE) {
+      const int64_t end = std::min(start + SPAN, units);
+      float* sums = units > SPAN ? c + n * rows : c;
+      for (int64_t i = start; i < end; i += chunk) {
+        const int64_t some = std::min(chunk, end - i);
+        transpose(weight + n * row + i, row, std::min(WIDE, w.n - n), some, WIDE, panel);
+        const bool same_panel = end - i > chunk;
+        const float* next = weight + (same_panel ? n * row + i + chunk : (n + WIDE) * row + start);
+        const int64_t next_rows = std::min(WIDE, w.n - (same_panel ? n : n + WIDE));
+        for (int64_t r = 0; r < rows; r += R) {
+          for (int64_t j = next_rows * r / rows; j < next_rows * (r + R) / rows; j++)
+            for (int64_t l = 0; l < chunk; l += 16) __builtin_prefetch(next + j * row + l, 0, 3);
+          tile_of<Unit, R, C>(std::min<int64_t>(R, rows - r), C, left + r * units + i, units, 1, panel, WIDE, some,
+                              sums + r * WIDE, WIDE, i > 0);
+        }
+      }
+      if (end == units) finish(n, sums);
+    }
+}
+
+// of c above, the floats a row
+template <class Unit>
+static int64_t sums_of_row(const Linear& w) {
+  return w.k / Unit::elements > SPAN ? (w.n + WIDE - 1) / WIDE * WIDE : WIDE;
+}
+
+// x Φ(x), Φ right to 3e-8 before rounding; beyond 5.4 Φ is 0 or 1
+static inline vec gelu(vec x) {
+  vec t = x < -5.4f ? all(-5.4f) : x;
+  t = t > 5.4f ? all(5.4f) : t;
+  const vec s = t * t * float(2 / (5.4 * 5.4)) - 1.0f, u = s * s;
+  vec even = 0.00040082164923660457f * u + 0.00085197709267959f;
+  even = even * u + 0.0036843707785010338f;
+  even = even * u + 0.009637583047151566f;
+  even = even * u + 0.019648751243948936f;
+  even = even * u + 0.03211616352200508f;
+  even = even * u + 0.048499610275030136f;
+  even = even * u + 0.13092811405658722f;
+  vec odd = -0.0010353573597967625f * u - 0.0011668179649859667f;
+  odd = odd * u - 0.00673622265458107f;
+  odd = odd * u - 0.013952777720987797f;
+  odd = odd * u - 0.025749003514647484f;
+  odd = odd * u - 0.039206553250551224f;
+  odd = odd * u - 0.06532806158065796f;
+  const vec y = odd * s + even;
+  return x * (t * y + 0.5f);
+}
+
+// x sigmoid(2 sqrt(2 / π) (x + 0.044715 x³))
+static inline vec gelu_tanh(vec x) {
+  const vec power = x * (x * x * float(-2.302208198144325 * 0.044715) - 2.302208198144325f);
+  return x / (1.0f + power_of_2(power > 126.0f ? all(126.0f) : power));
+}
+
+template <class T>
+static inline vec rounded(vec x) {
+  T y[L];
+  store(y, x);
+  return load(y);
+}
+
+// to (rows, w.n) = act(c + bias) [+ residual (rows, w.n)], in columns n to n + WIDE
+template <class T, class Act>
+static inline void finish_panel(const Linear& w, int64_t n, const float* c, int64_t rows, const T* residual, T* to,
+                                Act act) {
+  const int64_t columns = std::min(WIDE, w.n - n);
+  float bias[WIDE] = {};
+  if (w.bias != nullptr)
+    for (int64_t j = 0; j < columns; j++) bias[j] = widen(static_cast<const T*>(w.bias)[n + j]);
+  for (int64_t r = 0; r < rows; r++) {
+    T some[WIDE] = {};
+    T* y = columns == WIDE ? to + r * w.n + n : some;
+    const T* x = residual == nullptr ? nullptr : residual + r * w.n + n;
+    if (x != nullptr && y == some) x = static_cast<T*>(memcpy(some, x, columns * sizeof(T)));
+    for (int64_t j = 0; j < WIDE; j += L) {
+      const vec v = act(load(c + r * WIDE + j) + load(bias + j));
+      store(y + j, x == nullptr ? v : rounded<T>(v) + load(x + j));
+    }
+    if (y == some) memcpy(to + r * w.n + n, some, columns * sizeof(T));
+  }
+}
+
+template <class T>
+static void finish(const Linear& w, int activation, int64_t n, const float* c, int64_t rows, const T* residual, T* to) {
+  if (activation == GELU)
+    finish_panel(w, n, c, rows, residual, to, [](vec x) { return gelu(rounded<T>(x)); });
+  else if (activation == GELU_TANH)
+    finish_panel(w, n, c, rows, residual, to, [](vec x) { return gelu_tanh(rounded<T>(x)); });
+  else
+    finish_panel(w, n, c, rows, residual, to, [](vec x) { return x; });
+}
+
+// to = LayerNorm of x (rows, k). gamma, beta and row have room for k in whole vectors, gamma and beta are 0 there
+template <class T>
+static void layer_norm(const T* x, int64_t rows, int64_t k, const float* gamma, const float* beta, float eps, float* row,
+                       T* to) {
+  const int64_t whole = k / L * L, width = (k + L - 1) / L * L;
+  vec rest = {};
+  for (int64_t l = 0; l < k - whole; l++) rest[l] = 1.0f;
+  for (int64_t r = 0; r < rows; r++, x += k, to += k) {
+    vec sum = {}, squares = {};
+    for (int64_t j = 0; j < whole; j += L) {
+      const vec v = load(x + j);
+      store(row + j, v);
+      sum += v;
+    }
+    for (int64_t j = whole; j < width; j++) row[j] = j < k ? widen(x[j]) : 0;
+    if (whole < width) sum += load(row + whole);
+    const float mean = total(sum) / k;
+    sum = vec{};
+    for (int64_t j = 0; j < width; j += L) {  // of x - mean, which takes away what rounding of a large mean leaves
+      const vec v = (load(row + j) - mean) * (j < whole ? all(1.0f) : rest);
+      store(row + j, v);
+      sum += v;
+      squares += v * v;
+    }
+    const float deviation = total(sum) / k;
+    const float rstd = 1.0f / std::sqrt(std::max(total(squares) / k - deviation * deviation, 0.0f) + eps);
+    for (int64_t j = 0; j < width; j += L) {
+      const vec v = (load(row + j) - deviation) * rstd * load(gamma + j) + load(beta + j);
+      if (j < whole)
+        store(to + j, v);
+      else
+        for (int64_t l = 0; l < k - whole; l++) narrow(v[l], to + j + l);
+    }
+  }
+}
+
+// y = the linears of x [+ residual]; residual, and x with a norm before it, may be y
+template <class T, class Unit>
+static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y, int64_t all_rows, int threads) {
+  const bool norm = f.norm_weight != nullptr, two = f.second.weight != nullptr;
+  const Linear& last = two ? f.second : f.first;
+  const int64_t k = f.first.k, width = (k + L - 1) / L * L, tiles = (all_rows + R - 1) / R;
+  const int64_t most = MOST_ROWS / R * threads, parts = std::min(tiles, threads * ((tiles + most - 1) / most));
+  const int64_t rows = (all_rows + parts - 1) / parts;  // of a part, at most
+  const int64_t chunk = all_rows < FEW_ROWS ? MOST_CHUNK / 2 : MOST_CHUNK;  // fewer rows of a, too, are then near
+  const int64_t sums = std::max(sums_of_row<Unit>(f.first), sums_of_row<Unit>(last));
+  std::atomic<int> failed{0};
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch(MOST_CHUNK * WIDE + rows * sums + 3 * width + rows * (norm * width + two * f.first.n));
+    if (scratch.memory == nullptr) failed = 1;
+    float *panel = scratch.take(MOST_CHUNK * WIDE), *c = scratch.take(rows * sums);
+    float *gamma = scratch.take(width), *beta = scratch.take(width), *row = scratch.take(width);
+    T* normed = reinterpret_cast<T*>(scratch.take(rows * norm * width));
+    T* hidden = reinterpret_cast<T*>(scratch.take(rows * two * f.first.n));
+    if (scratch.memory != nullptr && norm)
+      for (int64_t j = 0; j < width; j++) {
+        gamma[j] = j < k ? widen(static_cast<const T*>(f.norm_weight)[j]) : 0;
+        beta[j] = j < k ? widen(static_cast<const T*>(f.norm_bias)[j]) : 0;
+      }
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < parts; part++) {
+      if (scratch.memory == nullptr) continue;
+      const int64_t start = all_rows * part / parts, count = all_rows * (part + 1) / parts - start;
+      const T *x = all_x + start * k, *added = residual == nullptr ? nullptr : residual + start * last.n;
+      T* y = all_y + start * last.n;
+      if (norm) layer_norm(x, count, k, gamma, beta, f.eps, row, normed);
+      panels<Unit>(norm ? normed : x, count, f.first, chunk, panel, c, [&](int64_t n, const float* c) {
+        finish(f.first, f.activation, n, c, count, two ? nullptr : added, two ? hidden : y);
+      });
+      if (two)
+        panels<Unit>(hidden, count, f.second, chunk, panel, c,
+                     [&](int64_t n, const float* c) { finish(f.second, NONE, n, c, count, added, y); });
+    }
+  }
+  return failed;
+}
+
+template <class T, class Unit>
+static int attention(const Block& block, const T* x, const T* residual, T* y, const Blocks& f) {
+  const Linears &l = block.linears, first{l.norm_weight, l.norm_bias, l.first, {}, l.eps, NONE};
+  const int64_t rows = f.batches * f.tokens, wide = l.first.n, inner = wide / 3, dim = inner / block.heads;
+  T *qkv = static_cast<T*>(f.between), *out = qkv + rows * wide;
+  const auto of_heads = [&](T* t, int64_t width) { return Tensor{t, f.tokens * width, dim, width}; };
+  Forward forward{of_heads(qkv, wide), of_heads(qkv + inner, wide), of_heads(qkv + 2 * inner, wide),
+                  of_heads(out, inner), nullptr, f.batches, block.heads, f.tokens, f.tokens, dim, block.factor,
+                  f.threads};
+  return linears<T, Unit>(first, x, nullptr, qkv, rows, f.threads) ||
+         (std::is_same<T, float>::value ? attention_forward_fp32 : attention_forward_bf16)(&forward) ||
+         linears<T, Unit>({nullptr, nullptr, l.second, {}, 0, NONE}, out, residual, y, rows, f.threads);
+}
+
+template <class T, class Unit>
+static int blocks(const Blocks& f) {
+  const T* x = static_cast<const T*>(f.x);
+  T* y = static_cast<T*>(f.y);
+  for (const Block* block = f.blocks; block < f.blocks + f.count; block++, x = y) {
+    const T* residual = f.residual ? x : nullptr;
+    if (block->heads > 0 ? attention<T, Unit>(*block, x, residual, y, f)
+                         : linears<T, Unit>(block->linears, x, residual, y, f.batches * f.tokens, f.threads))
+      return 1;
+  }
+  return 0;
+}
+
+// y (n) = GELU(z (n)), as between two Linears
+template <class T>
+static void activate(const T* z, T* y, int64_t n, bool tanh, int threads) {
+  const int64_t vectors = n / L;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i <= vectors; i++) {
+    T some[L] = {};
+    const bool last = i == vectors;
+    const size_t bytes = last ? (n - vectors * L) * sizeof(T) : sizeof some;
+    memcpy(some, z + i * L, bytes);
+    store(some, tanh ? gelu_tanh(load(some)) : gelu(load(some)));
+    memcpy(y + i * L, some, bytes);
+  }
+}
+
+extern "C" void gelu_fp32(const void* z, void* y, int64_t n, int tanh, int threads) {
+  activate(static_cast<const float*>(z), static_cast<float*>(y), n, tanh, threads);
+}
+extern "C" void gelu_bf16(const void* z, void* y, int64_t n, int tanh, int threads) {
+  activate(static_cast<const uint16_t*>(z), static_cast<uint16_t*>(y), n, tanh, threads);
+}
+extern "C" int blocks_fp32(const Blocks* f) { return blocks<float, Floats>(*f); }
+#if defined(__AVX512BF16__)
+extern "C" int blocks_bf16(const Blocks* f) { return blocks<uint16_t, Pairs>(*f); }
+#endif

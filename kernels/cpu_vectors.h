@@ -1,0 +1,239 @@
+// What cpu_attention.cpp and cpu_blocks.cpp, which compiled.py compiles, share: vectors of fp32, and products of matrices.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int L = 16, R = 6, C = 4;
+#elif defined(__AVX__)
+constexpr int L = 8, R = 6, C = 2;
+#else
+constexpr int L = 4, R = 6, C = 4;
+#endif
+constexpr int64_t CHUNK = 64;
+
+typedef float vec __attribute__((vector_size(4 * L)));
+typedef int32_t ivec __attribute__((vector_size(4 * L)));
+typedef uint32_t uvec __attribute__((vector_size(4 * L)));
+typedef uint16_t hvec __attribute__((vector_size(2 * L)));
+
+static inline vec all(float x) { return x - vec{}; }
+static inline vec load(const float* p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline vec load(const uint16_t* p) {
+  hvec v;
+  memcpy(&v, p, sizeof v);
+  return (vec)(__builtin_convertvector(v, uvec) << 16);
+}
+static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+static inline void store(uint16_t* p, vec v) {  // to the nearest, ties to even
+#if defined(__AVX512BF16__)
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+#else
+  const uvec bits = (uvec)v;
+  const uvec rounded = v == v ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : uvec{} + 0x7FC0;
+  const hvec narrow = __builtin_convertvector(rounded, hvec);
+#endif
+  memcpy(p, &narrow, sizeof narrow);
+}
+
+// 2^x of x <= 0, or of NaN: 2^n times a polynomial in x - n, right to 2e-9 before its own rounding; 0 below 2^-126
+static inline vec power_of_2(vec x) {
+  const vec bounded = x < -126.0f ? all(-126.0f) : x;
+  const vec shifted = bounded + 12582912.0f;  // 1.5 * 2^23: n is in the last bits
+  const vec f = bounded - (shifted - 12582912.0f);
+  vec y = 0.00015353361959569156f * f + 0.0013398873852565885f;
+  y = y * f + 0.00961843691766262f;
+  y = y * f + 0.055503323674201965f;
+  y = y * f + 0.24022647738456726f;
+  y = y * f + 0.6931471824645996f;
+  y = y * f + 1.0f;
+  y = (vec)((ivec)y + ((ivec)shifted << 23));
+  y = x < -126.0f ? vec{} : y;
+  return x == x ? y : x;
+}
+
+static inline float widen(float x) { return x; }
+static inline float widen(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+static inline void narrow(float x, float* to) { *to = x; }
+static inline void narrow(float x, uint16_t* to) {  // to the nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  *to = x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// What products of matrices are made of: 32 bits of the left one and a vector of the right one, each an fp32 or a pair of
+// bf16 that stand beside each other along the sum
+struct Floats {
+  static constexpr int elements = 1;
+  static inline vec add(vec sum, float a, vec b) { return sum + a * b; }
+};
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static constexpr int elements = 2;
+  static inline vec add(vec sum, float a, vec b) {
+    int32_t pair;
+    memcpy(&pair, &a, sizeof pair);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+  }
+  // the pairs (x, y), rounded
+  static inline vec of(vec x, vec y) {
+    typedef int16_t lanes __attribute__((vector_size(64)));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+    const lanes order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vec)_mm512_permutexvar_epi16((__m512i)order, both);
+  }
+};
+#endif
+
+// c (rows, ldc), of `columns` vectors, = or += Σ_i a[row * row_step + i * step] b[i] for i < n
+template <class Unit, int rows, int columns>
+static inline void tile(const float* a, int64_t row_step, int64_t step, const float* b, int64_t ldb, int64_t n,
+                        float* c, int64_t ldc, bool add) {
+  vec sums[rows][columns] = {};
+  for (int64_t i = 0; i < n; i++) {
+    vec x[columns];
+    for (int j = 0; j < columns; j++) x[j] = load(b + i * ldb + j * L);
+    for (int r = 0; r < rows; r++)
+      for (int j = 0; j < columns; j++) sums[r][j] = Unit::add(sums[r][j], a[r * row_step + i * step], x[j]);
+  }
+#pragma GCC unroll 8  // or the compiler takes the sums through memory
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < columns; j++) {
+      float* to = c + r * ldc + j * L;
+      store(to, add ? load(to) + sums[r][j] : sums[r][j]);
+    }
+}
+
+template <class Unit, int rows, int columns>
+static inline void tile_of(int r, int j, const float* a, int64_t row_step, int64_t step, const float* b, int64_t ldb,
+                           int64_t n, float* c, int64_t ldc, bool add) {
+  if (j < columns) {
+    if constexpr (columns > 1) tile_of<Unit, rows, columns - 1>(r, j, a, row_step, step, b, ldb, n, c, ldc, add);
+  } else if (r < rows) {
+    if constexpr (rows > 1) tile_of<Unit, rows - 1, columns>(r, j, a, row_step, step, b, ldb, n, c, ldc, add);
+  } else {
+    tile<Unit, rows, columns>(a, row_step, step, b, ldb, n, c, ldc, add);
+  }
+}
+
+// the same for any number of rows and of vectors of columns, which are shared out evenly
+template <class Unit = Floats>
+static void product(int64_t rows, int64_t vectors, const float* a, int64_t row_step, int64_t step, const float* b,
+                    int64_t ldb, int64_t n, float* c, int64_t ldc, bool add = false, int64_t chunk = CHUNK) {
+  const int64_t parts = (vectors + C - 1) / C;
+  for (int64_t i = 0; i < n; i += chunk)
+    for (int64_t r = 0; r < rows; r += R)
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t first = vectors * part / parts, last = vectors * (part + 1) / parts;
+        tile_of<Unit, R, C>(std::min<int64_t>(R, rows - r), last - first, a + r * row_step + i * step, row_step, step,
+                            b + i * ldb + first * L, ldb, std::min(chunk, n - i), c + r * ldc + first * L, ldc,
+                            add || i > 0);
+      }
+}
+
+template <int step, int... lane>
+static inline vec swapped(vec a, std::integer_sequence<int, lane...>) {
+  return __builtin_shuffle(a, ivec{(lane ^ step)...});
+}
+// Σ of all lanes
+template <int step = L / 2>
+static inline float total(vec a) {
+  const vec b = a + swapped<step>(a, std::make_integer_sequence<int, L>{});
+  if constexpr (step > 1)
+    return total<step / 2>(b);
+  else
+    return b[0];
+}
+
+template <int step, int... lane>
+static inline vec low(vec a, vec b, std::integer_sequence<int, lane...>) {
+  return __builtin_shuffle(a, b, ivec{(lane & step ? L + lane - step : lane)...});
+}
+template <int step, int... lane>
+static inline vec high(vec a, vec b, std::integer_sequence<int, lane...>) {
+  return __builtin_shuffle(a, b, ivec{(lane & step ? L + lane : lane + step)...});
+}
+// exchange what lies off the diagonal in squares of 2 * step; then in smaller ones
+template <int step>
+static inline void exchange(vec (&rows)[L]) {
+  constexpr auto lanes = std::make_integer_sequence<int, L>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++)
+    if (!(i & step)) {
+      const vec a = rows[i], b = rows[i + step];
+      rows[i] = low<step>(a, b, lanes);
+      rows[i + step] = high<step>(a, b, lanes);
+    }
+  if constexpr (step > 1) exchange<step / 2>(rows);
+}
+
+// to (units, wide), wide in whole vectors: the transpose of from (count, units), and columns of 0
+static inline void transpose(const float* from, int64_t row, int64_t count, int64_t units, int64_t wide, float* to) {
+  for (int64_t j = 0; j < wide; j += L)
+    for (int64_t i = 0; i < units; i += L) {
+      if (j + L <= count && i + L <= units) {
+        vec square[L];
+#pragma GCC unroll 16
+        for (int l = 0; l < L; l++) square[l] = load(from + (j + l) * row + i);
+        exchange<L / 2>(square);
+#pragma GCC unroll 16
+        for (int l = 0; l < L; l++) store(to + (i + l) * wide + j, square[l]);
+      } else {
+        for (int64_t l = i; l < std::min(i + L, units); l++)
+          for (int64_t m = j; m < j + L; m++) to[l * wide + m] = m < count ? from[m * row + l] : 0;
+      }
+    }
+}
+
+// memory that a thread keeps for its next call, as memory that is new is slow
+struct Kept {
+  void* memory = nullptr;
+  size_t bytes = 0;
+  void resize(size_t to) {
+    std::free(memory);
+    memory = to ? std::malloc(to) : nullptr;
+    bytes = memory ? to : 0;
+  }
+  ~Kept() { std::free(memory); }
+};
+inline thread_local Kept kept;
+constexpr size_t MOST_KEPT = size_t(8) << 20;
+
+// memory for floats, aligned to a vector; null where there is none. A thread has one at a time
+struct Scratch {
+  float *memory, *next;
+  explicit Scratch(int64_t floats) {
+    const size_t bytes = sizeof(float) * (floats + 16 * L);  // room for `take` to align
+    if (bytes > kept.bytes) kept.resize(bytes);
+    memory = static_cast<float*>(kept.memory);
+    next = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 4 * L - 1) & ~uintptr_t(4 * L - 1));
+  }
+  ~Scratch() {
+    if (kept.bytes > MOST_KEPT) kept.resize(0);
+  }
+  float* take(int64_t floats) {
+    float* taken = next;
+    next += (floats + L - 1) / L * L;
+    return taken;
+  }
+};
