@@ -80,6 +80,7 @@ class _Block(ctypes.Structure):  # its first members are the Linears of the sour
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")),
         *((name, _Linear) for name in ("first", "second")),
+        *((name, ctypes.c_void_p) for name in ("mean", "rstd")),
         ("eps", ctypes.c_float),
         ("activation", ctypes.c_int),
         ("heads", ctypes.c_int64),
@@ -143,11 +144,11 @@ def takes(dtype, k, weight, bias):
     )
 
 
-def block(norm, first, second=None, *, activation=None, heads=0, scale=0.0):
+def block(norm, first, second=None, *, statistics=(None, None), activation=None, heads=0, scale=0.0):
     """For `blocks`: Linear(act(Linear(LayerNorm(x)))), or attention where GELU stands if there are heads.
 
     norm: (its weight (K,), its bias (K,), eps), or None for the identity; first, second: (weight, bias or None), which
-    `takes` holds for; no second is the identity.
+    `takes` holds for; no second is the identity. `statistics`: mean and rstd of x's rows, to be written, in fp32.
     """
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     made = _Block(
@@ -155,12 +156,13 @@ def block(norm, first, second=None, *, activation=None, heads=0, scale=0.0):
         _address(norm_bias),
         _linear(*first),
         _linear(*second) if second else _NOTHING,
+        *map(_address, statistics),
         eps,
         ACTIVATIONS.index(activation),
         heads,
         scale * math.log2(math.e),
     )
-    made.tensors = norm_weight, norm_bias, first, second  # whose addresses it has
+    made.tensors = norm, first, second, statistics  # whose addresses it has
     return made
 
 

@@ -28,6 +28,7 @@ struct Linear {  // weight (n, k), its last stride 1, bias (n) or null; without 
 struct Linears {  // norm_weight, norm_bias (first.k) or null; second may be without weight
   const void *norm_weight, *norm_bias;
   Linear first, second;
+  float *mean, *rstd;  // of the norm's rows (rows), or null
   float eps;
   int activation;
 };
@@ -151,7 +152,7 @@ static void finish(const Linear& w, int activation, int64_t n, const float* c, i
 // to = LayerNorm of x (rows, k). gamma, beta and row have room for k in whole vectors, gamma and beta are 0 there
 template <class T>
 static void layer_norm(const T* x, int64_t rows, int64_t k, const float* gamma, const float* beta, float eps, float* row,
-                       T* to) {
+                       T* to, float* means, float* rstds) {
   const int64_t whole = k / L * L, width = (k + L - 1) / L * L;
   vec rest = {};
   for (int64_t l = 0; l < k - whole; l++) rest[l] = 1.0f;
@@ -174,6 +175,7 @@ static void layer_norm(const T* x, int64_t rows, int64_t k, const float* gamma, 
     }
     const float deviation = total(sum) / k;
     const float rstd = 1.0f / std::sqrt(std::max(total(squares) / k - deviation * deviation, 0.0f) + eps);
+    if (means != nullptr) means[r] = mean + deviation, rstds[r] = rstd;
     for (int64_t j = 0; j < width; j += L) {
       const vec v = (load(row + j) - deviation) * rstd * load(gamma + j) + load(beta + j);
       if (j < whole)
@@ -214,7 +216,8 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
       const int64_t start = all_rows * part / parts, count = all_rows * (part + 1) / parts - start;
       const T *x = all_x + start * k, *added = residual == nullptr ? nullptr : residual + start * last.n;
       T* y = all_y + start * last.n;
-      if (norm) layer_norm(x, count, k, gamma, beta, f.eps, row, normed);
+      if (norm)
+        layer_norm(x, count, k, gamma, beta, f.eps, row, normed, f.mean ? f.mean + start : nullptr, f.rstd + start);
       panels<Unit>(norm ? normed : x, count, f.first, chunk, panel, c, [&](int64_t n, const float* c) {
         finish(f.first, f.activation, n, c, count, two ? nullptr : added, two ? hidden : y);
       });
@@ -228,7 +231,7 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
 
 template <class T, class Unit>
 static int attention(const Block& block, const T* x, const T* residual, T* y, const Blocks& f) {
-  const Linears &l = block.linears, first{l.norm_weight, l.norm_bias, l.first, {}, l.eps, NONE};
+  const Linears &l = block.linears, first{l.norm_weight, l.norm_bias, l.first, {}, nullptr, nullptr, l.eps, NONE};
   const int64_t rows = f.batches * f.tokens, wide = l.first.n, inner = wide / 3, dim = inner / block.heads;
   T *qkv = static_cast<T*>(f.between), *out = qkv + rows * wide;
   const auto of_heads = [&](T* t, int64_t width) { return Tensor{t, f.tokens * width, dim, width}; };
@@ -237,7 +240,7 @@ static int attention(const Block& block, const T* x, const T* residual, T* y, co
                   f.threads};
   return linears<T, Unit>(first, x, nullptr, qkv, rows, f.threads) ||
          (std::is_same<T, float>::value ? attention_forward_fp32 : attention_forward_bf16)(&forward) ||
-         linears<T, Unit>({nullptr, nullptr, l.second, {}, 0, NONE}, out, residual, y, rows, f.threads);
+         linears<T, Unit>({nullptr, nullptr, l.second, {}, nullptr, nullptr, 0, NONE}, out, residual, y, rows, f.threads);
 }
 
 template <class T, class Unit>

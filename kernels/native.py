@@ -58,6 +58,12 @@ def layer_norm_linear_forward(
     x, norm_weight, norm_bias, weight, bias, eps, activation, save_preactivation, *, may_pack=True
 ):
     """x (...,K), weight (N,K) -> y (...,N), its pre-activation (...,N) or None, mean and rstd, of a row each."""
+    if _of_one_dtype(x, norm_weight, norm_bias, weight) and _are_compiled(x, norm_weight, norm_bias, (weight, bias)):
+        mean, rstd = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
+        how = {"statistics": (mean, rstd), "activation": None if save_preactivation else activation}
+        y = compiled.blocks(x, [compiled.block((norm_weight, norm_bias, eps), (weight, bias), **how)])
+        z = y if save_preactivation else None
+        return y if z is None or activation is None else compiled.gelu(z, activation), z, mean, rstd
     normed, mean, rstd = layer_norm(x, norm_weight, norm_bias, eps)
     if normed.dtype != weight.dtype:
         normed = normed.to(weight.dtype)
@@ -65,6 +71,17 @@ def layer_norm_linear_forward(
         return linear(normed, weight, bias, activation, may_pack=may_pack), None, mean, rstd
     z = linear(normed, weight, bias, may_pack=False)
     return F.gelu(z, approximate=GELU[activation]), z, mean, rstd
+
+
+def _of_one_dtype(x, *tensors):
+    return x.is_cpu and x.numel() > 0 and all(t.dtype == x.dtype for t in tensors)
+
+
+def _are_compiled(x, norm_weight, norm_bias, *linears):
+    """Whether a LayerNorm of x, which is not empty, and these Linears behind it are a block of compiled.py, which is
+    faster."""
+    vectors = norm_weight, norm_bias
+    return all(v.shape == x.shape[-1:] and v.is_contiguous() for v in vectors) and is_compiled(x, *linears)
 
 
 def layer_norm_linear_backward(
@@ -173,8 +190,8 @@ def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
 def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation=None, *, may_pack=True):
     """y of layer_norm_linear_forward, all tensors being in x's dtype, fp32 or bf16."""
     k = x.shape[-1]
-    if is_compiled(x, (weight, bias)) and norm_weight.shape == norm_bias.shape == (k,):
-        norm = norm_weight.contiguous(), norm_bias.contiguous(), eps
+    if _are_compiled(x, norm_weight, norm_bias, (weight, bias)):
+        norm = norm_weight, norm_bias, eps
         return compiled.blocks(x, [compiled.block(norm, (weight, bias), activation=activation)])
     if k == 1:
         return layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, activation, False)[0]
@@ -187,10 +204,11 @@ def compiled_attention(x, norm_weight, norm_bias, weight, bias, out_weight=None,
 
     It holds for any x of this shape and dtype, as long as the parameters are where they are. weight is (3*H*D,K).
     """
-    inner = weight.shape[0] // 3
-    if out_weight is None or not (is_compiled(x, (weight, bias)) and choice(x.dtype).compiled):
+    if out_weight is None or not choice(x.dtype).compiled:
         return None
-    if not compiled.takes(x.dtype, inner, out_weight, out_bias) or not _are_plain(x, norm_weight, norm_bias):
+    if not compiled.takes(x.dtype, weight.shape[0] // 3, out_weight, out_bias):
+        return None
+    if not _are_compiled(x, norm_weight, norm_bias, (weight, bias)):
         return None
     norm, first, second = (norm_weight, norm_bias, eps), (weight, bias), (out_weight, out_bias)
     return compiled.block(norm, first, second, heads=heads, scale=scale)
@@ -199,14 +217,9 @@ def compiled_attention(x, norm_weight, norm_bias, weight, bias, out_weight=None,
 def compiled_feed_forward(x, norm_weight, norm_bias, weight, bias, out_weight, out_bias, *, activation, eps):
     """The same for Linear(act(Linear(LayerNorm(x)))), x (...,K)."""
     first, second = (weight, bias), (out_weight, out_bias)
-    if not (is_compiled(x, first, second) and _are_plain(x, norm_weight, norm_bias)):
+    if not _are_compiled(x, norm_weight, norm_bias, first, second):
         return None
     return compiled.block((norm_weight, norm_bias, eps), first, second, activation=activation)
-
-
-def _are_plain(x, *vectors):
-    """Whether these are contiguous vectors (K,), for x (...,K)."""
-    return all(v.shape == x.shape[-1:] and v.is_contiguous() for v in vectors)
 
 
 def qkv_attention_inference(qkv, heads, scale):

@@ -133,14 +133,8 @@ def _layer_norm_linear_takes_triton(x, weight, backend):
     return backend == "triton" or not splits(chip_of(x.device), weight)
 
 
-def _layer_norm_linear(
-    x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend, *, may_pack=True, in_inference=False
-):
+def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, activation, save, backend, *, may_pack=True):
     if not _layer_norm_linear_takes_triton(x, weight, backend):
-        tensors = x, norm_weight, norm_bias, weight, bias
-        plain = in_inference and x.is_cpu and x.dtype in DIRECT and x.numel() and weight.numel()
-        if plain and all(t is None or t.dtype == x.dtype for t in tensors):
-            return native.layer_norm_linear_inference(*tensors, eps, activation), None, None, None
         return native.layer_norm_linear_forward(
             x, norm_weight, norm_bias, weight, bias, eps, activation, save, may_pack=may_pack
         )
@@ -433,7 +427,6 @@ call_layer_norm_linear = _callable(
     _layer_norm_linear_setup,
     _layer_norm_linear_grad,
     in_training={"may_pack": False},
-    in_inference={"in_inference": True},
 )
 
 

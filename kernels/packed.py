@@ -1,14 +1,15 @@
 """Linear on a CPU: which product of matrices it takes, and copies of weights laid out as oneDNN reads them.
 
 PyTorch sends F.linear to MKL in fp32, and oneDNN, which is in the same PyTorch, may be twice as fast or slower,
-depending on the processor: `choice` measures it once in a process, per dtype and class of sizes. oneDNN is faster still
-on a weight in a layout of its own, and gives the same bits. That copy is made at a weight's second use without a change
-in between, so not in training, and lives as long as the weight. It is used only if the weight is what it was: the
-same memory, the same version, and the same bits, of which sums are kept, as PyTorch does not count changes through
-`.data`, NumPy, or another process.
+depending on the processor: `choice` measures it once in a process, per dtype and class of sizes. Where a compiler is at
+hand, the products of compiled.py are among the choices, which need no copies. oneDNN is faster still on a weight in a
+layout of its own, and gives the same bits. That copy is made at a weight's second use without a change in between, so
+not in training, and lives as long as the weight. It is used only if the weight is what it was: the same memory, the
+same version, and the same bits, of which sums are kept, as PyTorch does not count changes through `.data`, NumPy, or
+another process.
 
-VITRITON_CPU_LINEAR=pytorch|onednn|packed chooses instead; =trusted is packed without the sums, for those who change
-weights in ways that PyTorch counts only: small batches gain most by it.
+VITRITON_CPU_LINEAR=pytorch|onednn|packed|compiled chooses instead; =trusted is packed without the sums, for those who
+change weights in ways that PyTorch counts only: small batches gain most by it.
 """
 
 import threading
@@ -253,16 +254,18 @@ def choice(dtype, rows, n, k):
 def _choice(dtype, few_rows, small, threads, forced):
     if forced == "pytorch":
         return Choice("pytorch", False, f"{VARIABLE} is 'pytorch'")
+    not_compiled = "few rows" if few_rows else compiled.why_no_blocks(dtype)
+    if forced == "compiled" and dtype in compiled.DTYPES and not few_rows:
+        if not_compiled:
+            raise RuntimeError(f"{VARIABLE} is 'compiled', which cannot run: {not_compiled}")
+        return Choice("compiled", False, f"{VARIABLE} is 'compiled'")
     why_not = why_not_onednn(dtype)
     if why_not is not None:
-        if forced != "auto" and not HAS_ONEDNN:
+        if forced not in ("auto", "compiled") and not HAS_ONEDNN:
             raise RuntimeError(f"{VARIABLE} is {forced!r}, which cannot run: {why_not}")
         return Choice("pytorch", False, why_not)
     if few_rows and dtype == torch.float32 and forced == "auto":
         return Choice("pytorch", False, "PyTorch's own product errs less, and with few rows it is as fast")
-    not_compiled = compiled.why_no_blocks(dtype) if forced in ("auto", "compiled") and not few_rows else "few rows"
-    if forced == "compiled" and not not_compiled:
-        return Choice("compiled", False, f"{VARIABLE} is {forced!r}")
     k, n = CLASSES[small]
     x, weight = sample(16 if few_rows else 192, k).to(dtype), sample(n, k).to(dtype)
     copy = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -276,7 +279,7 @@ def _choice(dtype, few_rows, small, threads, forced):
         best, reason = "packed", "oneDNN is as fast or faster, most of all on weights in its own layout"
     else:
         best, reason = "onednn", "oneDNN is as fast or faster, but gives other bits on weights in its own layout"
-    if forced != "auto":
+    if forced not in ("auto", "compiled"):
         linear = "onednn" if few_rows else "packed" if forced == "trusted" else forced
         return Choice(linear, fuses_gelu, f"{VARIABLE} is {forced!r}")
     ways = {
@@ -292,7 +295,9 @@ def _choice(dtype, few_rows, small, threads, forced):
     elif seconds["pytorch"] < MARGIN * seconds[best]:
         best, reason = "pytorch", "PyTorch's own product is faster here"
     why = f"{reason} ({len(x)} x {k} x {n}: {in_words(seconds)})"
-    return Choice(best, fuses_gelu and best != "pytorch", why)
+    if not_compiled and not few_rows:
+        why += f"; not compiled: {not_compiled}"
+    return Choice(best, fuses_gelu and best in ("onednn", "packed"), why)
 
 
 @cache

@@ -1,11 +1,18 @@
 """Linear layers compiled on this machine, with LayerNorm and GELU: values, bits, and what they leave to PyTorch."""
 
+import copy
+import shutil
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import BF16, F32, F64, assert_parity, layer_norm_inputs, randn
+from test_packed import CHANGES, tokens
+from test_packed import blocks as blocks_of_packed
 from vitriton.kernels import compiled, layer_norm_linear, native, packed, use_backend
 from vitriton.kernels.reference import compare
+from vitriton.vit import Transformer, ViT, fuse, record_attention, unfuse
 
 pytestmark = pytest.mark.usefixtures("unguarded")
 
@@ -32,6 +39,11 @@ def use_compiled(monkeypatch, request):
     monkeypatch.setattr(packed, "forced", "compiled")
     with use_backend("native"):
         yield
+
+
+@pytest.mark.skipif(not (sys.platform.startswith("linux") and shutil.which("g++")), reason="there is no g++ on a Linux")
+def test_the_source_compiles():
+    assert compiled.why_not(F32) is None
 
 
 def feed_forward(x, norm_weight, norm_bias, weight, bias, out_weight, out_bias, activation="gelu"):
@@ -89,7 +101,7 @@ def test_statistics_survive_a_large_mean(mean):
     """Of x itself: its rounding, which LayerNorm cannot take away, is in the golden value as well."""
     inputs = {name: t.detach() for name, t in layer_norm_inputs((300,), 64, 192, mean=mean).items()}
     with torch.no_grad():
-        y, gold = (layer_norm_linear(*inputs.values()), F.linear(*_normed(inputs)))
+        y, gold = layer_norm_linear(*inputs.values()), F.linear(*_normed(inputs))
     assert (y - gold).abs().max() < 2e-5
 
 
@@ -146,12 +158,117 @@ def test_gelu(activation):
 
 
 @DTYPES
-def test_a_change_of_a_weight_shows(dtype):
-    x, *parameters = feed_forward_inputs((70,), 66, 72, dtype)
-    for t in parameters:
-        before = of_block(x, *parameters)
-        t.data.view(-1)[3] += 1
-        assert not torch.equal(of_block(x, *parameters), before)
+@ACTIVATIONS
+def test_training_and_inference_give_the_same_bits(dtype, activation):
+    inputs = layer_norm_inputs((3, 67), 96, 64, dtype=dtype)
+    y = layer_norm_linear(*inputs.values(), activation=activation)
+    with torch.no_grad():
+        assert y.requires_grad and torch.equal(layer_norm_linear(*inputs.values(), activation=activation), y)
+        assert torch.equal(native.layer_norm_linear_inference(*inputs.values(), 1e-5, activation), y)
+
+
+@DTYPES
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_gradients(mean, dtype):
+    """Through the statistics that the forward pass keeps."""
+    assert_parity(layer_norm_linear, layer_norm_inputs((3, 67), 96, 64, dtype=dtype, mean=mean), activation="gelu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole ViTs
+
+
+def vit(dtype=F32, **options):
+    sizes = {"image_size": 48, "patch_size": 8, "num_classes": 10, "dim": 48, "depth": 3, "heads": 3, "mlp_dim": 80}
+    model = ViT(**sizes | {"dim_head": 24} | options).to(dtype).eval()
+    for p in model.parameters():  # biases and LayerNorms that do something
+        p.data += 0.1 * torch.randn_like(p)
+    return model, torch.randn(3, 3, 48, 48, dtype=dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many blocks each call of compiled.blocks has."""
+    found, blocks = [], compiled.blocks
+
+    def counted(x, some, **options):
+        found.append(len(some))
+        return blocks(x, some, **options)
+
+    monkeypatch.setattr(compiled, "blocks", counted)
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "options", [{}, {"pool": "mean"}, {"heads": 5, "dim_head": 8}, {"pos_embed": "axial"}], ids=str
+)
+def test_a_vit_in_one_call(dtype, options, calls):
+    """Its blocks in one; the same bits as one by one; right."""
+    plain, x = vit(dtype, **options)
+    model = copy.deepcopy(plain)
+    fuse(model)
+    with torch.no_grad():
+        y = model(x)
+        assert 6 in calls
+        model.transformer.layers[1].register_forward_hook(lambda *_: None)  # of a list, that nobody calls
+        assert torch.equal(model(x), y)
+        one_by_one = copy.deepcopy(model)
+        one_by_one.transformer.__class__ = Transformer
+        calls.clear()
+        assert torch.equal(one_by_one(x), y) and max(calls) == 1
+        base, gold = plain(x), copy.deepcopy(plain).double()(x.double())
+    error = compare("logits", y, base, gold, k=2)
+    assert error, str(error)
+
+
+def test_hooks_anywhere_see_what_they_saw(calls):
+    model, x = vit()
+    fuse(model)
+    names = [name for name, module in model.named_modules() if not isinstance(module, torch.nn.ModuleList)]
+    with torch.no_grad():
+        y = model(x)
+        for name in names:
+            seen, calls[:] = [], []
+            handle = model.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            out = model(x)
+            handle.remove()
+            assert len(seen) == 1, name
+            torch.testing.assert_close(out, y, rtol=1e-4, atol=1e-5)
+            in_a_block = name.startswith("transformer.layers")
+            assert (6 in calls) != in_a_block, name
+
+
+def test_what_a_transformer_leaves_to_its_blocks(calls):
+    """Gradients, dropout, attention that is recorded, a block that is no longer fused."""
+    model, x = vit(dropout=0.1)
+    fuse(model)
+    with torch.no_grad():
+        y = model(x)
+        assert calls.count(6) == 1
+        with record_attention(model) as maps:
+            torch.testing.assert_close(model(x), y)
+        assert len(maps) == 3
+        model.train()
+        assert not torch.equal(model(x), y)
+        model.eval()
+        unfuse(model.transformer.layers[1][0])
+        torch.testing.assert_close(model(x), y)
+    fuse(model)
+    torch.testing.assert_close(model(x), y)
+    assert model(x).requires_grad and calls.count(6) == 1
+    model.requires_grad_(False)
+    assert torch.equal(model(x), y) and calls.count(6) == 2
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_weight_is_never_stale(change):
+    model, x = blocks_of_packed(), tokens()
+    with torch.no_grad():
+        before = model(x)
+        change(model)
+        y = model(x)
+        assert not torch.equal(y, before) and torch.equal(copy.deepcopy(model)(x), y)
 
 
 def test_no_copies_are_kept():

@@ -189,8 +189,9 @@ def same_ways(found, before):
     """The ways of the training that goes on, where none was chosen: measured again, others might be the fastest."""
     auto = {module.VARIABLE for module in (packed, native_attention) if module.forced == "auto" and packed.HAS_ONEDNN}
     ways = {name: before.get(name, way) if name in auto else way for name, way in found.items()}
-    if ways[native_attention.VARIABLE] == "compiled" and compiled.why_not(torch.float32):
-        ways[native_attention.VARIABLE] = found[native_attention.VARIABLE]
+    for module, why_not in ((native_attention, compiled.why_not), (packed, compiled.why_no_blocks)):
+        if ways.get(module.VARIABLE) == "compiled" and why_not(torch.float32):
+            ways[module.VARIABLE] = found[module.VARIABLE]
     return ways
 
 
