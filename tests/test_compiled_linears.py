@@ -168,10 +168,14 @@ def test_training_and_inference_give_the_same_bits(dtype, activation):
 
 
 @DTYPES
+@pytest.mark.parametrize("wanted", ["all", "x"])
 @pytest.mark.parametrize("mean", [0.0, 1e3])
-def test_gradients(mean, dtype):
-    """Through the statistics that the forward pass keeps."""
-    assert_parity(layer_norm_linear, layer_norm_inputs((3, 67), 96, 64, dtype=dtype, mean=mean), activation="gelu")
+def test_gradients(mean, wanted, dtype):
+    """Through the statistics that the forward pass keeps, if not those of LayerNorm made again for a weight's."""
+    inputs = layer_norm_inputs((3, 67), 96, 64, dtype=dtype, mean=mean)
+    for name, t in inputs.items():
+        t.requires_grad_(wanted in ("all", name))
+    assert_parity(layer_norm_linear, inputs, activation="gelu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
