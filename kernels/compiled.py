@@ -33,7 +33,7 @@ __all__ = [
     "why_not",
 ]
 
-SOURCES = tuple(map(Path(__file__).with_name, ("cpu_attention.cpp", "cpu_blocks.cpp")))
+SOURCES = tuple(map(Path(__file__).with_name, ("cpu_attention.cpp", "cpu_blocks.cpp", "cpu_norm.cpp")))
 HEADERS = tuple(map(Path(__file__).with_name, ("cpu_attention.h", "cpu_vectors.h")))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
@@ -93,6 +93,15 @@ class _Blocks(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "y", "between", "blocks")),
         *((name, ctypes.c_int64) for name in ("count", "batches", "tokens")),
         *((name, ctypes.c_int) for name in ("residual", "threads")),
+    ]
+
+
+class _NormBackward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "gamma", "beta", "dx", "dgamma", "dbeta", "normed")),
+        *((name, ctypes.c_int64) for name in ("rows", "k")),
+        ("eps", ctypes.c_float),
+        ("threads", ctypes.c_int),
     ]
 
 
@@ -200,6 +209,21 @@ def gelu(z, activation):
     arguments = ctypes.c_void_p(z.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(z.numel())
     run(*arguments, activation == "gelu_tanh", torch.get_num_threads())
     return y
+
+
+def norm_backward(dy, x, norm_weight, norm_bias, eps, need_dx, need_norm, need_normed):
+    """dy, x (...,K) -> the gradients of x, norm_weight and norm_bias (K,), in their dtypes, and LayerNorm of x in dy's;
+    None where not needed. x, which is not empty, and the parameters are in one dtype, dy in it or in bf16."""
+    tensors = dy, x, norm_weight, norm_bias = [t.contiguous() for t in (dy, x, norm_weight, norm_bias)]
+    k = x.shape[-1]
+    dx, normed = (torch.empty_like(t) if need else None for t, need in ((x, need_dx), (dy, need_normed)))
+    dnorm = [torch.empty_like(t) if need_norm else None for t in tensors[2:]]
+    addresses = map(_address, (x, dy, norm_weight, norm_bias, dx, *dnorm, normed))
+    problem = _NormBackward(*addresses, x.numel() // k, k, eps, torch.get_num_threads())
+    name = f"norm_backward_{DTYPES[x.dtype]}_{DTYPES[dy.dtype]}"
+    if getattr(_library()[0], name)(ctypes.byref(problem)):
+        raise MemoryError(f"no memory for sums over rows of {k} features")
+    return dx, *dnorm, normed
 
 
 _NOTHING = _Linear()

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from . import compiled
+from . import compiled, packed
 from .launch import accumulator
 from .native_attention import (
     attention_backward,
@@ -116,6 +116,10 @@ def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, ep
         dy = dy.view(x.shape)
     in_bf16 = x.is_cpu and x.dtype == weight.dtype == torch.bfloat16 and k > 1 and x.numel()
     backward = _bf16_norm_backward if in_bf16 else _norm_backward
+    if _compiles_norm(x, norm_weight, norm_bias, weight):
+        backward = _compiled_norm_backward
+        if dy is None:
+            dy = weight.new_empty(x.shape)  # nothing that is needed depends on it
     dx, dnorm_weight, dnorm_bias, normed = backward(
         dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_dweight
     )
@@ -125,6 +129,24 @@ def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, ep
             normed = normed.to(weight.dtype)
         dweight = weight_grad(grad, normed.view(len(grad), k))
     return dx, dnorm_weight, dnorm_bias, dweight, grad.sum(0) if need_dbias else None
+
+
+def _compiles_norm(x, norm_weight, norm_bias, weight):
+    dtypes = norm_weight.dtype, norm_bias.dtype, x.dtype
+    return (
+        x.is_cpu
+        and x.numel() > 0
+        and x.dtype in compiled.DTYPES
+        and dtypes == (x.dtype,) * 3
+        and weight.dtype in (x.dtype, torch.bfloat16)
+        and packed.forced in ("auto", "compiled")
+        and compiled.why_not(x.dtype) is None
+    )
+
+
+def _compiled_norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, *needs):
+    """`_norm_backward` by cpu_norm.cpp, which makes mean and rstd again; LayerNorm of x is in dy's dtype."""
+    return compiled.norm_backward(dy, x, norm_weight, norm_bias, eps, *needs)
 
 
 def _norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, need_dx, need_norm, need_normed):

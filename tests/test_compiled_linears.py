@@ -178,6 +178,34 @@ def test_gradients(mean, wanted, dtype):
     assert_parity(layer_norm_linear, inputs, activation="gelu")
 
 
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F32, BF16)], ids=["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+@pytest.mark.parametrize("rows, k", [(1, 17), (7, 2), (197, 192), (33, 100), (5000, 24)])
+def test_norm_backward(rows, k, mean, dtypes):
+    """Of LayerNorm by itself, against fp64; the same bits for one thread and for three."""
+    dtype, dy_dtype = dtypes
+    x, weight, bias = randn(rows, k, dtype=dtype, mean=mean), randn(k, dtype=dtype), randn(k, dtype=dtype)
+    dy = randn(rows, k, dtype=dy_dtype)
+    results = compiled.norm_backward(dy, x, weight, bias, 1e-5, True, True, True)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    centred = leaves[0] - leaves[0].mean(-1, keepdim=True)
+    y = F.layer_norm(centred, (k,), *leaves[1:], 1e-5)
+    golds = *torch.autograd.grad(y, leaves, dy.double()), y.detach()
+    # of x - mean, which fp32 knows to eps |mean|, where mean is large
+    eps = [torch.finfo(t.dtype).eps for t in results]
+    for result, gold, e in zip(results, golds, eps, strict=True):
+        allowed = (4 * e + 8e-7) * gold.abs().max() + 1e-6
+        assert (result - gold).abs().max() <= allowed
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        again = compiled.norm_backward(dy, x, weight, bias, 1e-5, True, True, True)
+        torch.set_num_threads(before)
+        assert all(map(torch.equal, again, results))
+    some = compiled.norm_backward(dy, x, weight, bias, 1e-5, False, True, False)
+    assert some[0] is None is some[3] and torch.equal(some[1], results[1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole ViTs
 
