@@ -1,7 +1,7 @@
 """The C++ beside this file, compiled here where a g++ is at hand, as Triton compiles what launches its kernels.
 
-It takes a second, once: the library is kept in the cache folder, for this source, compiler and processor. Where it
-cannot be had `why_not` says why, and PyTorch's own operators compute the same. Nothing here needs a compiler.
+It takes some seconds, once: the library is kept in the cache folder, for these sources, compiler and processor. Where
+it cannot be had `why_not` says why, and PyTorch's own operators compute the same. Nothing here needs a compiler.
 """
 
 import ctypes

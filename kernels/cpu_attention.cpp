@@ -1,4 +1,4 @@
-// Attention on a CPU: what compiled.py compiles where a g++ is at hand. No header but the standard's.
+// Attention on a CPU: what compiled.py compiles where a g++ is at hand.
 //
 // A thread takes one head and up to 64 queries at a time, and with C vectors of L queries (or of columns) and R rows in
 // registers computes
@@ -7,8 +7,9 @@
 // so that softmax needs no sum across a vector, and neither k nor v is transposed; and backward, after p again, with its
 // own sums,
 //     dpᵀ = v doutᵀ,  ds = p (dp - Σ p dp),  dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
-// All is in fp32; bf16 is rounded when it is stored. Sums are made of sums over CHUNK terms, so that their rounding
-// errors do not grow with N. The bits depend neither on the number of threads nor on the other heads.
+// All is in fp32, and bf16 is rounded when it is stored; but where the processor multiplies pairs of bf16, and dim is even,
+// the forward pass does so, with p rounded. Sums are made of sums over CHUNK terms, so that their rounding errors do not
+// grow with N. The bits depend neither on the number of threads nor on the other heads.
 
 #include <atomic>
 

@@ -7,10 +7,10 @@
 // between two products stays in a thread's cache. A product reads a weight (N,K) where it lies: a chunk of K and a panel
 // of WIDE of its rows at a time are transposed into the nearest cache, and used for all rows of a thread's part, up to
 // MOST_ROWS, by tiles of R rows. So there is no copy of a weight that a change of it would make stale. Both are read as
-// Units of 32 bits, one fp32 or a pair of bf16; sums are in fp32, and rounded where a block would store them.
+// Units of 32 bits, one fp32 or a pair of bf16; sums are in fp32, and rounded where a block would store them. The bits do
+// not depend on the number of threads, and on the number of rows only in whether these are FEW_ROWS.
 
 #include <atomic>
-
 #include <type_traits>
 
 #include "cpu_attention.h"

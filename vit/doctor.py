@@ -214,8 +214,8 @@ def implementations(here):
     copies, size = packed.packed_bytes()
     here.found["packed"] = {"copies": copies, "bytes": size}
     here.say(
-        f"copies of weights for Linear on a CPU: {copies} in this process, {size / 2**20:.1f} MiB; a weight that is "
-        f"used twice without a change, by {packed.PACKED_ROWS} rows and more, gets one of its own size"
+        f"copies of weights for Linear on a CPU: {copies} in this process, {size / 2**20:.1f} MiB; where Linear is "
+        f"'packed', a weight that is used twice without a change, by {packed.PACKED_ROWS} rows or more, gets one"
     )
     if not can_run:
         here.wrong(f"the backend {chosen_backend()!r} can run on no device here: unset VITRITON_BACKEND")
