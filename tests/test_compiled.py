@@ -6,9 +6,19 @@ import sys
 
 import pytest
 import torch
-from parity import BF16, F16, F32, F64, assert_parity, attention_inputs, copies, randn, run
+from parity import BF16, F16, F32, F64, assert_parity, attention_inputs, copies, layer_norm_inputs, randn, run
 from test_native_attention import peak
-from vitriton.kernels import attention, compiled, explain, native_attention, qkv_attention, reference, use_backend
+from vitriton.kernels import (
+    attention,
+    compiled,
+    explain,
+    layer_norm_linear,
+    native_attention,
+    packed,
+    qkv_attention,
+    reference,
+    use_backend,
+)
 from vitriton.vit.checkpoint import same_ways
 
 pytestmark = pytest.mark.usefixtures("unguarded")
@@ -238,6 +248,11 @@ def test_vectors_of_lesser_processors(fresh, monkeypatch, processor):
         for dtype in (F32, BF16):
             assert_parity(attention, attention_inputs(*case, dtype=dtype))
     assert len(list(fresh.glob("*.so"))) == 2
+    monkeypatch.setattr(packed, "forced", "compiled")
+    for rows, n, k in ((70, 66, 72), (9, 10, 3), (300, 130, 300)):
+        assert_parity(layer_norm_linear, layer_norm_inputs((rows,), n, k), activation="gelu")
+    if "native" not in processor:
+        assert compiled.why_no_blocks(BF16) == "this processor has no products of pairs of bf16"
 
 
 def test_a_training_goes_on_where_there_is_no_compiler(fresh, monkeypatch):
