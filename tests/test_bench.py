@@ -22,6 +22,7 @@ from vitriton.vit.bench.models import PEERS, ModelCase, ModelRace, Peer
 from vitriton.vit.bench.race import Case, Contest, Question, Race, Rival
 from vitriton.vit.bench.sizes import SIZES, Shape, build, parse_model
 from vitriton.vit.cli import main
+from vitriton.vit.modules import FusedViT
 from vitriton.vit.reference import PRESETS, Preset
 
 CPU = torch.device("cpu")
@@ -106,7 +107,8 @@ def rivals(monkeypatch, stand_in):
     }
     for module in (models, run):
         monkeypatch.setattr(module, "PEERS", planted)
-    monkeypatch.setattr(ViT, "forward", taking(1.0, ViT.forward))
+    for kind in (ViT, FusedViT):
+        monkeypatch.setattr(kind, "forward", taking(1.0, kind.forward))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_trains_on_pictures(pictures, tmp_path, capsys):
     assert record["ok"] and record["classes"] == list(COLOURS) and record["training"] == 30
     assert len(record["losses"]) == 9 and record["losses"][-1] < 0.8 * record["losses"][0]
     assert record["accuracy"] > 0.8
-    assert "8 PreNorm" not in text and "fused 8 blocks" in text
+    assert "8 PreNorm" not in text and "fused 10 blocks" in text
     assert "ignored in" in text and "1 file that is no picture by the name (.txt)" in text
     assert record["skipped"].keys() == BROKEN.keys()
     assert all(text.count(f"skipped {name}: ") == 1 for name in BROKEN) and "skipped 3 pictures" in text
