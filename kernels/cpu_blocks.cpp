@@ -16,7 +16,7 @@
 #include "cpu_attention.h"
 #include "cpu_vectors.h"
 
-constexpr int64_t MOST_CHUNK = 128, SPAN = 768, MOST_ROWS = 252, FEW_ROWS = 512, WIDE = C * L;
+constexpr int64_t MOST_CHUNK = 128, SPAN = 768, MOST_ROWS = 402, FEW_ROWS = 512, WIDE = C * L;
 
 extern "C" {
 

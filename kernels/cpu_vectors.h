@@ -136,11 +136,12 @@ static inline void tile_of(int r, int j, const float* a, int64_t row_step, int64
   }
 }
 
-// the same for any number of rows and of vectors of columns, which are shared out evenly
+// the same for any number of rows and of vectors of columns, which are shared out evenly, as are terms to chunks
 template <class Unit = Floats>
 static void product(int64_t rows, int64_t vectors, const float* a, int64_t row_step, int64_t step, const float* b,
                     int64_t ldb, int64_t n, float* c, int64_t ldc, bool add = false, int64_t chunk = CHUNK) {
-  const int64_t parts = (vectors + C - 1) / C;
+  const int64_t parts = (vectors + C - 1) / C, chunks = std::max<int64_t>(1, n / chunk);
+  chunk = (n + chunks - 1) / chunks;
   for (int64_t i = 0; i < n; i += chunk)
     for (int64_t r = 0; r < rows; r += R)
       for (int64_t part = 0; part < parts; part++) {
