@@ -20,8 +20,6 @@ from .packed import GELU, linear
 
 __all__ = ["attention_block", "dtype_of_block", "feed_forward_block"]
 
-_gelu_backward_into = torch.ops.aten.gelu_backward.grad_input
-
 
 def dtype_of_block(x):
     """The dtype of the products of a block that takes x past all calls: x's, or autocast's.
@@ -98,7 +96,11 @@ def _forward(ctx, between, dtype, eps, how, *inputs):
 
 
 def _backward(ctx, grad, backward_between, formula):
-    """The gradients of _forward's arguments; backward_between(that of hidden, hidden, kept, how) gives that of z."""
+    """The gradients of _forward's arguments.
+
+    backward_between(that of hidden, hidden, kept, how, the dtype of its sums over rows or None) gives that of z, and
+    those sums or None.
+    """
     if grad is None:
         return (None,) * 10
     needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
@@ -114,8 +116,10 @@ def _backward(ctx, grad, backward_between, formula):
         )
         if dhidden is None:
             return *(None,) * 8, dout_weight, dout_bias
-        dz = backward_between(dhidden, hidden, kept, ctx.how)
-        grads = native.norm_linear_backward(dz, x, norm_weight, norm_bias, weight, None, None, ctx.eps, needs[:5])
+        dz, dbias = backward_between(dhidden, hidden, kept, ctx.how, x.dtype if needs[4] else None)
+        needs = *needs[:4], needs[4] and dbias is None
+        *grads, again = native.norm_linear_backward(dz, x, norm_weight, norm_bias, weight, None, None, ctx.eps, needs)
+        grads.append(again if dbias is None else dbias)
     return None, None, None, *grads, dout_weight, dout_bias
 
 
@@ -135,8 +139,8 @@ def _attention(qkv, how, *_):
     return native.qkv_attention_training(qkv, *how)
 
 
-def _attention_backward(grad, out, kept, how):
-    return native.qkv_attention_training_backward(grad, out, kept, *how)
+def _attention_backward(grad, out, kept, how, _):
+    return native.qkv_attention_training_backward(grad, out, kept, *how), None
 
 
 def _attention_formula(qkv, how):
@@ -150,8 +154,8 @@ def _gelu(z, activation, *out):
     return native.gelu_training(z, activation, *out), (z,)
 
 
-def _gelu_backward(grad, _, kept, activation):
-    return _gelu_backward_into(grad, kept[0].view(grad.shape), approximate=GELU[activation], grad_input=grad)
+def _gelu_backward(grad, _, kept, activation, sums_dtype):
+    return native.gelu_training_backward(grad, *kept, activation, sums_dtype)
 
 
 def _gelu_formula(z, activation):

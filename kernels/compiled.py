@@ -28,6 +28,8 @@ __all__ = [
     "block",
     "blocks",
     "gelu",
+    "gelu_backward",
+    "norm_backward",
     "takes",
     "why_no_blocks",
     "why_not",
@@ -102,6 +104,14 @@ class _NormBackward(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "k")),
         ("eps", ctypes.c_float),
         ("threads", ctypes.c_int),
+    ]
+
+
+class _GeluBackward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("z", "grad", "dz", "sums")),
+        *((name, ctypes.c_int64) for name in ("rows", "n")),
+        *((name, ctypes.c_int) for name in ("tanh", "threads")),
     ]
 
 
@@ -220,10 +230,22 @@ def norm_backward(dy, x, norm_weight, norm_bias, eps, need_dx, need_norm, need_n
     dnorm = [torch.empty_like(t) if need_norm else None for t in tensors[2:]]
     addresses = map(_address, (x, dy, norm_weight, norm_bias, dx, *dnorm, normed))
     problem = _NormBackward(*addresses, x.numel() // k, k, eps, torch.get_num_threads())
-    name = f"norm_backward_{DTYPES[x.dtype]}_{DTYPES[dy.dtype]}"
-    if getattr(_library()[0], name)(ctypes.byref(problem)):
-        raise MemoryError(f"no memory for sums over rows of {k} features")
+    _sum(f"norm_backward_{DTYPES[x.dtype]}_{DTYPES[dy.dtype]}", problem)
     return dx, *dnorm, normed
+
+
+def gelu_backward(grad, z, activation, sums_dtype):
+    """grad, z (M,N), contiguous, in bf16 -> that of z, which overwrites grad, and its sums (N,) in a dtype, or None."""
+    sums = None if sums_dtype is None else grad.new_empty(grad.shape[1], dtype=sums_dtype)
+    addresses = map(_address, (z, grad, grad, sums))
+    problem = _GeluBackward(*addresses, *grad.shape, activation == "gelu_tanh", torch.get_num_threads())
+    _sum(f"gelu_backward_{DTYPES[sums_dtype or grad.dtype]}", problem)
+    return grad, sums
+
+
+def _sum(name, problem):
+    if getattr(_library()[0], name)(ctypes.byref(problem)):
+        raise MemoryError("no memory for sums over rows, in fp32, of up to 512 blocks of rows")
 
 
 _NOTHING = _Linear()

@@ -1,4 +1,5 @@
-// The backward pass of LayerNorm on a CPU: what compiled.py compiles beside cpu_attention.cpp. With g = dy gamma and x̂ = (x - mean) rstd, in rows of k columns,
+// The backward passes of LayerNorm and of GELU, with the gradient of the bias before it, on a CPU: what compiled.py
+// compiles beside cpu_attention.cpp. With g = dy gamma and x̂ = (x - mean) rstd, in rows of k columns,
 //     dx = rstd (g - Σ g / k - x̂ Σ (g x̂) / k),   dgamma = Σ_rows dy x̂,   dbeta = Σ_rows dy,   normed = x̂ gamma + beta
 // The statistics are computed again, from x less its mean, so that they are right where the mean is large beside the
 // spread. All is in fp32; bf16 is rounded when it is stored. Sums over rows are made of sums over blocks of rows, whose
@@ -19,6 +20,13 @@ struct NormBackward {  // x, dx (rows, k) in X, dy, normed (rows, k) in Y, the o
   int64_t rows, k;
   float eps;
   int threads;
+};
+
+struct GeluBackward {  // z, grad, dz (rows, n) in bf16; sums of dz over rows (n), in P, or null
+  const void *z, *grad;
+  void *dz, *sums;
+  int64_t rows, n;
+  int tanh, threads;
 };
 }
 
@@ -123,6 +131,80 @@ static int norm_backward(const NormBackward& f) {
   return by_blocks(f.rows, 2 * k, f.threads, some_rows, results);
 }
 
+// z -> gelu'(z), of several vectors; gelu.py's forms for half precision, to a seventh of half of bf16's step: see there
+template <int U>
+static inline void gelu_derivative(vec (&z)[U]) {
+  vec a[U], q[U];
+  for (int u = 0; u < U; u++) {
+    a[u] = z[u] < 0.0f ? -z[u] : z[u];
+    a[u] = a[u] > 13.5f ? all(13.5f) : a[u];
+    q[u] = all(-5.6252785e-09f);
+  }
+  for (const float c : {3.6948862e-07f, -1.0396025e-05f, 0.00016464011f, -0.001628394f, 0.010628553f, -0.04775092f,
+                        -0.56658816f, -0.38130713f, -0.58850294f})
+    for (int u = 0; u < U; u++) q[u] = q[u] * a[u] + c;
+  powers_of_2(q);
+  for (int u = 0; u < U; u++) {
+    const vec r = (0.7517915246935645f - a[u]) * q[u];
+    z[u] = z[u] > 0.0f ? 1.0f - r : r;
+  }
+}
+
+template <int U>
+static inline void gelu_tanh_derivative(vec (&z)[U]) {
+  vec a[U], e[U];
+  for (int u = 0; u < U; u++) {
+    a[u] = z[u] < 0.0f ? -z[u] : z[u];
+    a[u] = a[u] > 13.5f ? all(13.5f) : a[u];
+    e[u] = -a[u] * (2.3022081985f + 0.1029432397f * a[u] * a[u]);
+  }
+  powers_of_2(e);  // e^-2t, where the formula has tanh t
+  for (int u = 0; u < U; u++) {
+    const vec s = 1.0f / (1.0f + e[u]), rest = e[u] * s;
+    const vec slope = z[u] * s * rest * (1.5957691216057308f * (1.0f + 0.134145f * a[u] * a[u]));
+    z[u] = (z[u] > 0.0f ? s : rest) + slope;
+  }
+}
+
+template <class P, bool tanh>
+static int gelu_backward(const GeluBackward& f) {
+  const uint16_t *const z = static_cast<const uint16_t*>(f.z), *const grad = static_cast<const uint16_t*>(f.grad);
+  uint16_t* const dz = static_cast<uint16_t*>(f.dz);
+  const int64_t n = f.n;
+
+  auto some_rows = [=](int64_t first, int64_t last, float* sums) {
+    in_vectors(n, [&](int64_t j, auto count) {
+      vec sum = {};
+      auto rows = [&](int64_t top, auto number) {
+        vec slope[number];
+        for (int u = 0; u < number; u++) slope[u] = load(z + (top + u) * n + j, count);
+        if constexpr (tanh) gelu_tanh_derivative(slope);
+        else gelu_derivative(slope);
+        for (int u = 0; u < number; u++) {
+          const int64_t at = (top + u) * n + j;
+          const vec d = load(grad + at, count) * slope[u];
+          store(dz + at, d, count);
+          sum += d;
+        }
+      };
+      int64_t top = first;
+      for (; top + 4 <= last; top += 4) rows(top, std::integral_constant<int, 4>());
+      for (; top < last; top++) rows(top, std::integral_constant<int, 1>());
+      store(sums + j, sum, count);
+    });
+  };
+  P* const sums = static_cast<P*>(f.sums);
+  return by_blocks(f.rows, n, f.threads, some_rows, [=](int64_t i, float sum) {
+    if (sums) narrow(sum, sums + i);
+  });
+}
+
 extern "C" int norm_backward_fp32_fp32(const NormBackward* f) { return norm_backward<float, float, float>(*f); }
 extern "C" int norm_backward_fp32_bf16(const NormBackward* f) { return norm_backward<float, uint16_t, float>(*f); }
 extern "C" int norm_backward_bf16_bf16(const NormBackward* f) { return norm_backward<uint16_t, uint16_t, uint16_t>(*f); }
+extern "C" int gelu_backward_fp32(const GeluBackward* f) {
+  return f->tanh ? gelu_backward<float, true>(*f) : gelu_backward<float, false>(*f);
+}
+extern "C" int gelu_backward_bf16(const GeluBackward* f) {
+  return f->tanh ? gelu_backward<uint16_t, true>(*f) : gelu_backward<uint16_t, false>(*f);
+}

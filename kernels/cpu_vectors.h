@@ -49,20 +49,30 @@ static inline void store(uint16_t* p, vec v) {  // to the nearest, ties to even
   memcpy(p, &narrow, sizeof narrow);
 }
 
-// 2^x of x <= 0, or of NaN: 2^n times a polynomial in x - n, right to 2e-9 before its own rounding; 0 below 2^-126
+// 2^x of x <= 0, or of NaN: 2^n times a polynomial in x - n, right to 2e-9 before its own rounding; 0 below 2^-126.
+// Of several vectors, step by step, so that a processor need not look far ahead for what it can do meanwhile.
+template <int U>
+static inline void powers_of_2(vec (&x)[U]) {
+  vec f[U], shifted[U], y[U];
+  for (int u = 0; u < U; u++) {
+    const vec bounded = x[u] < -126.0f ? all(-126.0f) : x[u];
+    shifted[u] = bounded + 12582912.0f;  // 1.5 * 2^23: n is in the last bits
+    f[u] = bounded - (shifted[u] - 12582912.0f);
+    y[u] = all(0.00015353361959569156f);
+  }
+  for (const float c : {0.0013398873852565885f, 0.00961843691766262f, 0.055503323674201965f, 0.24022647738456726f,
+                        0.6931471824645996f, 1.0f})
+    for (int u = 0; u < U; u++) y[u] = y[u] * f[u] + c;
+  for (int u = 0; u < U; u++) {
+    y[u] = (vec)((ivec)y[u] + ((ivec)shifted[u] << 23));
+    y[u] = x[u] < -126.0f ? vec{} : y[u];
+    x[u] = x[u] == x[u] ? y[u] : x[u];
+  }
+}
 static inline vec power_of_2(vec x) {
-  const vec bounded = x < -126.0f ? all(-126.0f) : x;
-  const vec shifted = bounded + 12582912.0f;  // 1.5 * 2^23: n is in the last bits
-  const vec f = bounded - (shifted - 12582912.0f);
-  vec y = 0.00015353361959569156f * f + 0.0013398873852565885f;
-  y = y * f + 0.00961843691766262f;
-  y = y * f + 0.055503323674201965f;
-  y = y * f + 0.24022647738456726f;
-  y = y * f + 0.6931471824645996f;
-  y = y * f + 1.0f;
-  y = (vec)((ivec)y + ((ivec)shifted << 23));
-  y = x < -126.0f ? vec{} : y;
-  return x == x ? y : x;
+  vec y[1] = {x};
+  powers_of_2(y);
+  return y[0];
 }
 
 static inline float widen(float x) { return x; }

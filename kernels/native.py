@@ -27,6 +27,7 @@ __all__ = [
     "compiled_attention",
     "compiled_feed_forward",
     "gelu_training",
+    "gelu_training_backward",
     "heads_apart",
     "images_by_products",
     "layer_norm_linear_backward",
@@ -39,6 +40,8 @@ __all__ = [
     "qkv_attention_training",
     "qkv_attention_training_backward",
 ]
+
+_gelu_backward_into = torch.ops.aten.gelu_backward.grad_input
 
 
 def layer_norm(x, norm_weight, norm_bias, eps):
@@ -139,9 +142,12 @@ def _compiles_norm(x, norm_weight, norm_bias, weight):
         and x.dtype in compiled.DTYPES
         and dtypes == (x.dtype,) * 3
         and weight.dtype in (x.dtype, torch.bfloat16)
-        and packed.forced in ("auto", "compiled")
-        and compiled.why_not(x.dtype) is None
+        and _may_compile(x.dtype)
     )
+
+
+def _may_compile(dtype):
+    return packed.forced in ("auto", "compiled") and compiled.why_not(dtype) is None
 
 
 def _compiled_norm_backward(dy, x, norm_weight, norm_bias, mean, rstd, eps, *needs):
@@ -258,6 +264,15 @@ def gelu_training(z, activation, weight, bias):
     if is_compiled(z, (weight, bias)):
         return compiled.gelu(z, activation)
     return F.gelu(z, approximate=GELU[activation])
+
+
+def gelu_training_backward(grad, z, activation, sums_dtype):
+    """grad (M,K), that of GELU of z (...,K), both contiguous -> that of z, which overwrites it; where it is cheap, and
+    sums_dtype is one, its sums over M in that."""
+    z = z.view(grad.shape)
+    if z.is_cpu and z.dtype == torch.bfloat16 and _may_compile(z.dtype):
+        return compiled.gelu_backward(grad, z, activation, sums_dtype)
+    return _gelu_backward_into(grad, z, approximate=GELU[activation], grad_input=grad), None
 
 
 def qkv_attention_training(qkv, heads, scale):
