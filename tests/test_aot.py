@@ -200,8 +200,10 @@ EPILOGUE = {"qkv": 200, "gelu": 420, "gelu inference": 420, "gelu_tanh": 420}  #
 
 
 def test_the_epilogue_is_short(survey):
-    """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, on sm_90. GELU in half
-    precision only: fp32 takes polynomials of more terms."""
+    """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, on sm_90.
+
+    GELU in half precision only: fp32 takes polynomials of more terms.
+    """
     found = {}
     for record in survey.records:
         shape = record.variants[0]
