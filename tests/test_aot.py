@@ -69,7 +69,7 @@ def survey(request):
 
 
 def test_every_kernel_compiles(survey):
-    known = EXCEPTIONS["does not compile"].get(TRITON, {"kernels": []})["kernels"]
+    known = {name for group in EXCEPTIONS["does not compile"].get(TRITON, []) for name in group["kernels"]}
     assert [failure for failure in survey.failures if failure[0] not in known] == []
     assert {record.kernel for record in survey.records} >= {*PRODUCTS, "layer_norm", "plain_product"}
     assert len({record.name for record in survey.records}) == len(survey.records)
