@@ -90,6 +90,14 @@ def _head_offset(b, h, stride_b, stride_h, ALIGN: tl.constexpr):
     return tl.multiple_of(b * stride_b + h * stride_h, ALIGN)
 
 
+@triton.jit
+def _values(k_ptr, v_ptr, V_OFFSET: tl.constexpr):
+    """Where v is: if V_OFFSET, that far behind k, so that addresses of v are those of k and a constant."""
+    if V_OFFSET > 0:
+        v_ptr = k_ptr + V_OFFSET
+    return v_ptr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward
 
@@ -169,7 +177,7 @@ def _fwd_finish(
 def _fwd_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ, NK, scale_log2e,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-    M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr,
+    M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr, V_OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
@@ -209,6 +217,7 @@ def _fwd_queries(
     if LOOP_N:
         tl.assume(NK >= BLOCK_N)  # or the loop is guarded, and the sums are set to 0 on both ways
         for _ in range(0, NK // BLOCK_N):
+            v_ptr = _values(k_ptr, v_ptr, V_OFFSET)
             keys_n = tl.arange(0, BLOCK_N)
             k0, k1 = _load_parts(k_ptr, keys_n, BLOCK_N, stride_kn, stride_kd, False, D, D0, D1, ALIGN, OFFSET)
             v0, v1 = _load_parts(v_ptr, keys_n, BLOCK_N, stride_vn, stride_vd, False, D, D0, D1, ALIGN, OFFSET)
@@ -242,7 +251,7 @@ def _attention_fwd_kernel(
     stride_vb, stride_vh, stride_vn: tl.constexpr, stride_vd: tl.constexpr,
     stride_ob, stride_oh, stride_on: tl.constexpr, stride_od: tl.constexpr,
     H, NQ, NK, scale_log2e,
-    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr, V_OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
@@ -254,21 +263,21 @@ def _attention_fwd_kernel(
     row_start = tl.program_id(1) * BLOCK_M
     q_ptr += _head_offset(b, h, stride_qb, stride_qh, ALIGN) + row_offset(row_start, stride_qn, ALIGN)
     k_ptr += _head_offset(b, h, stride_kb, stride_kh, ALIGN)
-    v_ptr += _head_offset(b, h, stride_vb, stride_vh, ALIGN)
+    v_ptr = _values(k_ptr, v_ptr + _head_offset(b, h, stride_vb, stride_vh, ALIGN), V_OFFSET)
     out_ptr += _head_offset(b, h, stride_ob, stride_oh, ALIGN) + row_offset(row_start, stride_on, ALIGN)
     lse_ptr += (b * H + h) * NQ + row_start
     if LAST_M == 0 or tl.program_id(1) + 1 < tl.num_programs(1):
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            BLOCK_M, False, 0, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            BLOCK_M, False, 0, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
             D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
     else:
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            LAST_M, SIDE_M == 0, SIDE_M, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            LAST_M, SIDE_M == 0, SIDE_M, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
             D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
 
@@ -296,6 +305,16 @@ def lse_unit(dtype, nk):
     return 1.0 if dtype.itemsize == 2 else 2.0 ** -round(math.log2(nk))
 
 
+def keys_and_values(k, v):
+    """(a tensor that begins where k does, and V_OFFSET): that of both, where v lies beside k in rows of one tensor, as
+    parts of a projection do; else k and 0."""
+    offset = v.storage_offset() - k.storage_offset()
+    one = k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    if one and k.stride() == v.stride() and 0 < offset < k.stride(2):
+        return k.as_strided((2, *k.shape), (offset, *k.stride())), offset
+    return k, 0
+
+
 def attention_forward(q, k, v, scale):
     """q (B,H,Nq,D), k and v (B,H,Nk,D), none empty -> out (B,H,Nq,D) laid out as (B,Nq,H,D), lse (B,H,Nq)."""
     (b, h, nq, d), nk = q.shape, k.shape[2]
@@ -304,11 +323,12 @@ def attention_forward(q, k, v, scale):
     chip = chip_of(q.device)
     align = layout(q, k, v, out)["ALIGN"]
     tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq, align)
+    keys, v_offset = keys_and_values(k, v)
     launch(
         _attention_fwd_kernel, (b, programs, h),
-        q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk,
+        q, keys, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk,
         max(abs(scale), SMALLEST_SCALE) * LOG2E,
-        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SIDE_M=side_m,
+        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SIDE_M=side_m, V_OFFSET=v_offset,
         BLOCK_N=tiles.BLOCK_N, LOOP_N=nk >= tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
         NEGATE=scale < 0, FAST=q.dtype.itemsize == 2 and chip.startswith("sm_"),  # CUDA's approximations
         LSE_UNIT=lse_unit(q.dtype, nk),

@@ -21,7 +21,9 @@ from .attention import (
     _head_offset,
     _load_parts,
     _store_parts,
+    _values,
     _zero_parts,
+    keys_and_values,
 )
 from .attention_backward_head import _bwd_tile, attention_backward_heads
 from .launch import alignment, cdiv, chip_of, launch, tail
@@ -61,7 +63,7 @@ def _attention_bwd_dq_kernel(
     stride_dob, stride_doh, stride_don: tl.constexpr, stride_dod: tl.constexpr,
     stride_dqb, stride_dqh, stride_dqn: tl.constexpr, stride_dqd: tl.constexpr,
     H, NQ, NK, scale, scale_log2e,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, RESUM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, RESUM: tl.constexpr, V_OFFSET: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +72,7 @@ def _attention_bwd_dq_kernel(
     row_start = tl.program_id(1) * BLOCK_M
     q_ptr += _head_offset(b, h, stride_qb, stride_qh, ALIGN) + row_offset(row_start, stride_qn, ALIGN)
     k_ptr += _head_offset(b, h, stride_kb, stride_kh, ALIGN)
-    v_ptr += _head_offset(b, h, stride_vb, stride_vh, ALIGN)
+    v_ptr = _values(k_ptr, v_ptr + _head_offset(b, h, stride_vb, stride_vh, ALIGN), V_OFFSET)
     out_ptr += _head_offset(b, h, stride_ob, stride_oh, ALIGN) + row_offset(row_start, stride_on, ALIGN)
     do_ptr += _head_offset(b, h, stride_dob, stride_doh, ALIGN) + row_offset(row_start, stride_don, ALIGN)
     dq_ptr += _head_offset(b, h, stride_dqb, stride_dqh, ALIGN) + row_offset(row_start, stride_dqn, ALIGN)
@@ -91,6 +93,7 @@ def _attention_bwd_dq_kernel(
     dq0, dq1 = _zero_parts(BLOCK_M, D0, D1, ACC)
     p_sum = tl.zeros((BLOCK_M,), ACC)
     for _ in range(0, NK // BLOCK_N):
+        v_ptr = _values(k_ptr, v_ptr, V_OFFSET)
         dq0, dq1, p_sum = _bwd_dq_keys(
             q0, q1, do0, do1, lse, delta, dq0, dq1, p_sum, k_ptr, v_ptr, BLOCK_N, scale_log2e,
             stride_kn, stride_kd, stride_vn, stride_vd, BLOCK_N, False, RESUM,
@@ -98,6 +101,7 @@ def _attention_bwd_dq_kernel(
         )  # fmt: skip
         k_ptr += tl.cast(BLOCK_N, OFFSET) * stride_kn
         v_ptr += tl.cast(BLOCK_N, OFFSET) * stride_vn
+    v_ptr = _values(k_ptr, v_ptr, V_OFFSET)
     if TAIL_N > 0:
         dq0, dq1, p_sum = _bwd_dq_keys(
             q0, q1, do0, do1, lse, delta, dq0, dq1, p_sum, k_ptr, v_ptr, NK % BLOCK_N, scale_log2e,
@@ -213,12 +217,13 @@ def attention_backward(grad, q, k, v, out, lse, scale, dq, dk, dv):
     resum = q.dtype.itemsize > 2  # beside half-precision operands, the rounding of lse is nothing
     share = lse.new_empty(lse.shape) if resum else delta
     tiles = configs.attention_tiles("attention_bwd_dq", chip, q.dtype, d, align)
+    keys, v_offset = keys_and_values(k, v)
     launch(
         _attention_bwd_dq_kernel, (b, cdiv(nq, tiles.BLOCK_M), h),
-        q, k, v, out, grad, lse, delta, share, dq,
+        q, keys, v, out, grad, lse, delta, share, dq,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *grad.stride(), *dq.stride(),
         h, nq, nk, scale, scale * LOG2E,
-        BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N), RESUM=resum,
+        BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N), RESUM=resum, V_OFFSET=v_offset,
         **_common(q, d, tiles.BLOCK_M, *tensors), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     tiles = configs.attention_tiles("attention_bwd_dkdv", chip, q.dtype, d, align)

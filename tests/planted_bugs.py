@@ -64,6 +64,18 @@ FORWARD = (
         killed_by="test_attention.py::test_attention",
     ),
     Bug(
+        "keys taken for values", "attention.py", within="def _values(",
+        text="v_ptr = k_ptr + V_OFFSET", instead="v_ptr = k_ptr",
+        why="only where both are parts of one projection, as in every ViT",
+        killed_by="test_attention.py::test_qkv_attention",
+    ),
+    Bug(
+        "values looked for with the keys' strides", "attention.py", within="def keys_and_values(",
+        text="one and k.stride() == v.stride() and", instead="one and",
+        why="values that lie otherwise in the keys' tensor would be others",
+        killed_by="test_attention.py::test_values_are_found_from_keys_only_in_rows_of_one_tensor",
+    ),
+    Bug(
         "output not rescaled", "attention.py", within="def _fwd_tile(",
         text="acc0 = acc0 * alpha[:, None]", instead="acc0 = acc0 * 1.0",
         why="keys before a larger maximum keep too much weight",

@@ -69,7 +69,7 @@ def survey(request):
 
 
 def test_every_kernel_compiles(survey):
-    known = EXCEPTIONS["does not compile"].get(TRITON, {"kernels": []})["kernels"]
+    known = {name for group in EXCEPTIONS["does not compile"].get(TRITON, []) for name in group["kernels"]}
     assert [failure for failure in survey.failures if failure[0] not in known] == []
     assert {record.kernel for record in survey.records} >= {*PRODUCTS, "layer_norm", "plain_product"}
     assert len({record.name for record in survey.records}) == len(survey.records)
@@ -200,13 +200,15 @@ EPILOGUE = {"qkv": 200, "gelu": 420, "gelu inference": 420, "gelu_tanh": 420}  #
 
 
 def test_the_epilogue_is_short(survey):
-    """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, in half precision on
-    sm_90."""
+    """Issue slots per 1024 outputs of a warp, from the main loop of LayerNorm + Linear to the end, on sm_90.
+
+    GELU in half precision only: fp32 takes polynomials of more terms.
+    """
     found = {}
     for record in survey.records:
         shape = record.variants[0]
         if (record.kernel, record.arch) == ("layer_norm_linear_fwd", "sm_90") and shape in EPILOGUE:
-            if record.dtype == "fp32":
+            if record.dtype == "fp32" and shape != "qkv":
                 continue
             outputs = record.config["BLOCK_M"] * record.config["BLOCK_N"] / record.config["num_warps"]
             found[shape] = max(found.get(shape, 0), record.epilogue * 1024 / outputs)
@@ -280,7 +282,7 @@ def test_attention_multiplies_no_more_than_its_tiles(survey):
     wasted = []
     for record in survey.records:
         products = {"attention_fwd": 2, "attention_bwd": 5, "attention_bwd_dq": 3, "attention_bwd_dkdv": 4}
-        if record.kernel in products and record.arch in ("sm_80", "sm_90") and record.dtype != "fp32":
+        if record.kernel in products and record.arch.startswith("sm_") and record.dtype != "fp32":
             c = record.config
             rows = c["BLOCK_M"] + c.get("SIDE_M", 0)
             needed = products[record.kernel] * rows * c["BLOCK_N"] * (c["D0"] + c["D1"]) / c["num_warps"]

@@ -334,6 +334,25 @@ def recorded(chip, b, h, n, d, dtype=torch.bfloat16, odd=0):
     return launches
 
 
+def test_values_are_found_from_keys_only_in_rows_of_one_tensor():
+    """A constant of the model, never of where tensors happen to lie."""
+    pytest.importorskip("triton", reason="the launchers are Triton's")
+    from vitriton.kernels.attention import keys_and_values
+
+    rows = torch.arange(2.0 * 5 * 96).reshape(2, 5, 96)  # 3 parts, 2 heads, head dim 16
+    _, k, v = rows.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    both, offset = keys_and_values(k, v)
+    assert offset == 32 and torch.equal(both, torch.stack([k, v])) and both.data_ptr() == k.data_ptr()
+    heads_first = rows.reshape(2, 3, 2, 5, 16).unbind(1)
+    apart = {
+        "the same": (k, k), "values first": (v, k), "not in the keys' rows": heads_first[1:],
+        "another tensor": (k, v.clone()),
+        "every other column": (k[:, :1], rows.unflatten(2, (3, 32))[:, :, 2, ::2][:, None]),
+    }  # fmt: skip
+    for k, v in apart.values():
+        assert keys_and_values(k, v)[0] is k and keys_and_values(k, v)[1] == 0
+
+
 @pytest.mark.parametrize(
     "call, kernels",
     [
