@@ -4,7 +4,7 @@ from .convert import load_checkpoint
 from .explain import Explanation, explain
 from .fuse import Block, FuseReport, fuse, unfuse
 from .look import attention_picture, look
-from .modules import FusedAttention, FusedFeedForward, FusedPreNorm
+from .modules import FusedAttention, FusedFeedForward, FusedPreNorm, FusedTransformer, FusedViT
 from .record import AttentionMaps, attention_layers, record_attention
 from .reference import PRESETS, Attention, FeedForward, PreNorm, Preset, Transformer, ViT, pair, vit_preset
 from .rollout import attention_rollout, patch_rollout, rollout
@@ -21,6 +21,8 @@ __all__ = [
     "FusedAttention",
     "FusedFeedForward",
     "FusedPreNorm",
+    "FusedTransformer",
+    "FusedViT",
     "PreNorm",
     "Preset",
     "Transformer",
