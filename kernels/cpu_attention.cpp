@@ -7,9 +7,9 @@
 // so that softmax needs no sum across a vector, and neither k nor v is transposed; and backward, after p again, with its
 // own sums,
 //     dpᵀ = v doutᵀ,  ds = p (dp - Σ p dp),  dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
-// All is in fp32, and bf16 is rounded when it is stored; but where the processor multiplies pairs of bf16, and dim is even,
-// the forward pass does so, with p rounded. Sums are made of sums over CHUNK terms, so that their rounding errors do not
-// grow with N. The bits depend neither on the number of threads nor on the other heads.
+// All is in fp32; bf16 is rounded when it is stored, and so are p and ds where the processor multiplies pairs of bf16 and
+// dim is even. Sums are made of sums over CHUNK terms, so that their rounding errors do not grow with N. The bits depend
+// neither on the number of threads nor on the other heads.
 
 #include <atomic>
 
@@ -105,10 +105,11 @@ static void unpack(const float* from, int64_t width, int64_t rows, int64_t dim, 
 }
 
 // to (rows / 2, width): pairs of rows of bf16, the one below the last and columns from dim being 0
-static void pack_pairs_of_rows(const Tensor& from, int64_t b, int64_t h, int64_t rows, int64_t dim, int64_t width,
-                               float* to) {
+static void pack_pairs_of_rows(const Tensor& from, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim,
+                               int64_t width, float* to) {
+  const uint16_t* head = static_cast<const uint16_t*>(from.data) + b * from.batch + h * from.head + first * from.row;
   for (int64_t i = 0; i < rows; i += 2, to += width) {
-    const uint16_t* row = static_cast<const uint16_t*>(from.data) + b * from.batch + h * from.head + i * from.row;
+    const uint16_t* row = head + i * from.row;
     for (int64_t d = 0; d < width; d++) {
       const uint32_t pair = d < dim ? row[d] | (i + 1 < rows ? uint32_t(row[from.row + d]) << 16 : 0) : 0;
       memcpy(to + d, &pair, sizeof pair);
@@ -144,7 +145,7 @@ static int forward(const Forward& f) {
       if (head != packed) {
         pack<T, Unit>(f.k, b, h, 0, f.keys, dim, units, k);
         if constexpr (Unit::elements == 2)
-          pack_pairs_of_rows(f.v, b, h, f.keys, dim, width, v);
+          pack_pairs_of_rows(f.v, b, h, 0, f.keys, dim, width, v);
         else
           pack<T, Unit>(f.v, b, h, 0, f.keys, dim, width, v);
         packed = head;
@@ -175,45 +176,69 @@ static int forward(const Forward& f) {
   return failed;
 }
 
-template <class T>
+// from (rows, wide) -> to (rows, wide / 2): pairs of what stands beside each other, rounded
+static inline void round_rows(const float* from, int64_t rows, int64_t wide, float* to) {
+  uint16_t* half = reinterpret_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < rows * wide; i += L) store(half + i, load(from + i));
+}
+
+template <class T, class Unit>
 static int backward(const Backward& f) {
-  const int64_t dim = f.dim, vectors = (dim + L - 1) / L, width = vectors * L;
+  constexpr int E = Unit::elements;
+  const int64_t dim = f.dim, vectors = (dim + L - 1) / L, width = vectors * L, units = E == 2 ? dim / 2 : width;
+  const int64_t depth = dim / E;  // of the scores' sums, in Units
   const int64_t all_vectors = (f.queries + L - 1) / L, parts = (all_vectors + C - 1) / C;
   const float factor = std::fabs(f.factor);
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(f.threads)
   {
-    Scratch scratch(4 * f.keys * width + C * L * (2 * f.keys + 3 * width + 2 * dim));
+    Scratch scratch((E == 2 ? 5 : 4) * f.keys * width + C * L * ((E == 2 ? 3 : 2) * f.keys + 5 * width));
     if (scratch.memory == nullptr) failed = 1;
     float *k = scratch.take(f.keys * width), *v = scratch.take(f.keys * width);
+    float* k_rows = E == 2 ? scratch.take(f.keys * width) : k;
     float *dk = scratch.take(f.keys * width), *dv = scratch.take(f.keys * width);
     float *p = scratch.take(C * L * f.keys), *ds = scratch.take(C * L * f.keys);
+    float* half = E == 2 ? scratch.take(C * L * f.keys) : nullptr;
     float *q = scratch.take(C * L * width), *grad = scratch.take(C * L * width), *dq = scratch.take(C * L * width);
-    float *q_transposed = scratch.take(C * L * dim), *grad_transposed = scratch.take(C * L * dim);
+    float *q_transposed = scratch.take(C * L * width), *grad_transposed = scratch.take(C * L * width);
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < f.batches * f.heads; head++) {
       const int64_t b = head / f.heads, h = head % f.heads;
       if (scratch.memory == nullptr) continue;
-      pack<T, Floats>(f.k, b, h, 0, f.keys, dim, width, k);
-      pack<T, Floats>(f.v, b, h, 0, f.keys, dim, width, v);
+      pack<T, Unit>(f.k, b, h, 0, f.keys, dim, units, k);
+      pack<T, Unit>(f.v, b, h, 0, f.keys, dim, units, v);
+      if constexpr (E == 2) pack_pairs_of_rows(f.k, b, h, 0, f.keys, dim, width, k_rows);
       for (int64_t part = 0; part < parts; part++) {
         const int64_t first = all_vectors * part / parts * L, wide = all_vectors * (part + 1) / parts * L - first;
-        const int64_t count = std::min(wide, f.queries - first);
-        pack<T, Floats>(f.q, b, h, first, count, dim, width, q);
-        pack<T, Floats>(f.grad, b, h, first, count, dim, width, grad);
-        transpose(q, width, count, dim, wide, q_transposed);
-        transpose(grad, width, count, dim, wide, grad_transposed);
-        if (f.factor < 0) negate<Floats>(q_transposed, dim * wide);
-        product(f.keys, wide / L, k, width, 1, q_transposed, wide, dim, p, wide, false, chunk_of_scores<Floats>(dim));
-        product(f.keys, wide / L, v, width, 1, grad_transposed, wide, dim, ds, wide);
+        const int64_t count = std::min(wide, f.queries - first), sums = (count + E - 1) / E;
+        pack<T, Unit>(f.q, b, h, first, count, dim, units, q);
+        pack<T, Unit>(f.grad, b, h, first, count, dim, units, grad);
+        transpose(q, units, count, depth, wide, q_transposed);
+        transpose(grad, units, count, depth, wide, grad_transposed);
+        if (f.factor < 0) negate<Unit>(q_transposed, depth * wide);
+        const int64_t chunk = chunk_of_scores<Unit>(dim);
+        product<Unit>(f.keys, wide / L, k, units, 1, q_transposed, wide, depth, p, wide, false, chunk);
+        product<Unit>(f.keys, wide / L, v, units, 1, grad_transposed, wide, depth, ds, wide);
         for (int64_t i = 0; i < wide; i += L) {
           vec shift;
           const vec total = powers(p + i, f.keys, wide, factor, shift);
           softmax_backward(p + i, ds + i, f.keys, wide, total);
         }
-        product(f.keys, vectors, p, wide, 1, grad, width, count, dv, width, part > 0);
-        product(f.keys, vectors, ds, wide, 1, q, width, count, dk, width, part > 0);
-        product(count, vectors, ds, 1, wide, k, width, f.keys, dq, width);
+        if constexpr (E == 2) {
+          if (count % 2)  // beside the last query there is none: 0, as NaN times 0 would be NaN
+            for (int64_t j = 0; j < f.keys; j++) p[j * wide + count] = ds[j * wide + count] = 0;
+          pack_pairs_of_rows(f.q, b, h, first, count, dim, width, q);
+          pack_pairs_of_rows(f.grad, b, h, first, count, dim, width, grad);
+          round_rows(p, f.keys, wide, half);
+          product<Unit>(f.keys, vectors, half, wide / 2, 1, grad, width, sums, dv, width, part > 0);
+          round_rows(ds, f.keys, wide, half);
+          product<Unit>(f.keys, vectors, half, wide / 2, 1, q, width, sums, dk, width, part > 0);
+          pair_up<Unit>(ds, f.keys, wide);
+        } else {
+          product(f.keys, vectors, p, wide, 1, grad, width, count, dv, width, part > 0);
+          product(f.keys, vectors, ds, wide, 1, q, width, count, dk, width, part > 0);
+        }
+        product<Unit>(count, vectors, ds, 1, wide, k_rows, width, (f.keys + E - 1) / E, dq, width);
         unpack<T>(dq, width, count, dim, f.scale, f.dq, b, h, first);
       }
       unpack<T>(dk, width, f.keys, dim, f.scale, f.dk, b, h, 0);
@@ -230,7 +255,14 @@ static int forward_bf16(const Forward& f) {
   return forward<uint16_t, Floats>(f);
 }
 
+static int backward_bf16(const Backward& f) {
+#if defined(__AVX512BF16__)
+  if (f.dim % 2 == 0) return backward<uint16_t, Pairs>(f);
+#endif
+  return backward<uint16_t, Floats>(f);
+}
+
 extern "C" int attention_forward_fp32(const Forward* f) { return forward<float, Floats>(*f); }
 extern "C" int attention_forward_bf16(const Forward* f) { return forward_bf16(*f); }
-extern "C" int attention_backward_fp32(const Backward* f) { return backward<float>(*f); }
-extern "C" int attention_backward_bf16(const Backward* f) { return backward<uint16_t>(*f); }
+extern "C" int attention_backward_fp32(const Backward* f) { return backward<float, Floats>(*f); }
+extern "C" int attention_backward_bf16(const Backward* f) { return backward_bf16(*f); }

@@ -123,6 +123,19 @@ def test_a_bad_value_stays_in_its_rows(dtype, bad):
     assert torch.equal(result.isfinite(), gold.isfinite()) and not result[1, 0, :, 5].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_key_of_no_weight_spoils_no_gradient_of_v(dtype):
+    """A score of -inf; the number of queries is odd, and what stands beside the last one is none."""
+    inputs = inputs_of((1, 2, 17, 30, 24), dtype)
+    inputs["q"][..., 3] = inputs["q"][..., 3].abs() + 0.1
+    inputs["k"][0, 1, 5, 3] = -torch.inf
+    for t in inputs.values():
+        t.requires_grad_()
+    grad = randn(1, 2, 17, 24, dtype=dtype)
+    result, gold = run(attention, inputs, grad), run(reference.attention, copies(inputs, F64), grad.double())
+    assert gold["dv"].isfinite().all() and all(torch.equal(t.isnan(), gold[name].isnan()) for name, t in result.items())
+
+
 def test_a_nan_of_any_payload_is_one():
     q, k, v = inputs_of((1, 1, 3, 5, 8), F32).values()
     for bits in (0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1):
