@@ -4,10 +4,13 @@ Values are held to the rule in fp64, where it is 1e-12 whatever the shape, and i
 computations of a few numbers lie apart is chance, so there it is the bits of two layouts that are compared.
 """
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
-from parity import DTYPES, F16, F32, F64, assert_parity, assert_same_bits, copies, run
+from parity import DTYPES, F16, F32, F64, assert_parity, assert_parity_of_draws, assert_same_bits, copies, run
 from strategies import attention_cases, layer_norm_cases, place
 from vitriton.kernels import attention, layer_norm_linear, qkv_attention, use_backend
 from vitriton.kernels.launch import alignment
@@ -86,7 +89,12 @@ def test_qkv_attention_is_attention_of_its_parts(somewhere, budget, case):
 def test_layer_norm_linear(somewhere, budget, case):
     backend, device = somewhere
     with use_backend(backend):
-        assert_parity(layer_norm_linear, layer_norm_inputs(case, device), case.grad(device), activation=case.activation)
+        if math.prod(case.rows) * case.n not in range(1, 8):
+            inputs = layer_norm_inputs(case, device)
+            assert_parity(layer_norm_linear, inputs, case.grad(device), activation=case.activation)
+        else:  # the errors of a few outputs, and their size, which the rule is relative to, are chance
+            draws = [layer_norm_inputs(replace(case, seed=case.seed + 10 * i), device) for i in range(16)]
+            assert_parity_of_draws(layer_norm_linear, draws, activation=case.activation)
 
 
 @budget
