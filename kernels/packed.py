@@ -257,7 +257,9 @@ def choice(dtype, rows, n, k):
 def _choice(dtype, few_rows, small, threads, forced):
     if forced == "pytorch":
         return Choice("pytorch", False, f"{VARIABLE} is 'pytorch'")
-    not_compiled = "few rows" if few_rows else compiled.why_no_blocks(dtype)
+    not_compiled = f"{VARIABLE} is {forced!r}"
+    if forced in ("auto", "compiled"):  # or nothing is compiled
+        not_compiled = "few rows" if few_rows else compiled.why_no_blocks(dtype)
     if forced == "compiled" and dtype in compiled.DTYPES and not few_rows:
         if not_compiled:
             raise RuntimeError(f"{VARIABLE} is 'compiled', which cannot run: {not_compiled}")

@@ -19,6 +19,7 @@ from vitriton.kernels import (
     reference,
     use_backend,
 )
+from vitriton.vit import ViT, fuse
 from vitriton.vit.checkpoint import same_ways
 
 pytestmark = pytest.mark.usefixtures("unguarded")
@@ -51,6 +52,12 @@ def use_compiled(request, monkeypatch):
     monkeypatch.setattr(native_attention, "forced", "compiled")
     with use_backend("native"):
         yield
+
+
+def fused_vit():
+    model = ViT(image_size=32, patch_size=4, num_classes=5, dim=48, depth=1, heads=2, mlp_dim=80, dim_head=24)
+    fuse(model)
+    return model
 
 
 def inputs_of(case, dtype, scale=1.0):
@@ -245,6 +252,18 @@ def test_it_is_compiled_once(fresh, monkeypatch):
     compiled._found.clear()
     assert compiled.why_not(BF16) is None
     assert file.stat().st_mtime_ns == before and [command[1:] for command in commands] == [["--version"]]
+
+
+def test_nothing_is_compiled_where_both_choices_are_others(fresh, monkeypatch):
+    monkeypatch.setattr(compiled, "_load", lambda: pytest.fail("the compiler is called"))
+    monkeypatch.setattr(native_attention, "forced", "products")
+    monkeypatch.setattr(packed, "forced", "packed")
+    for dtype in (F32, BF16):
+        model = fused_vit().to(dtype)
+        x = torch.randn(2, 3, 32, 32, dtype=dtype)
+        model(x).sum().backward()
+        with torch.no_grad():
+            model(x)
 
 
 @pytest.mark.skipif(not X86, reason=f"this is {platform.machine()}: there are other processors of x86-64 only")
