@@ -41,6 +41,8 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp
 NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
+HEADS = "attention of {} keys: each thread holds one head's in fp32"
+SUMS = "sums over rows, in fp32, of up to 512 blocks of rows"
 SECONDS = 120  # for the compiler
 
 
@@ -129,7 +131,7 @@ def attention_forward(q, k, v, scale, with_lse):
     lse = q.new_empty(b, h, n, dtype=torch.float32) if with_lse else None
     factor = scale * math.log2(math.e)
     problem = _Forward(*map(_tensor, (q, k, v, out)), _address(lse), b, h, n, keys, d, factor, torch.get_num_threads())
-    _run("attention_forward", q, keys, problem)
+    _run(f"attention_forward_{DTYPES[q.dtype]}", problem, HEADS, keys)
     return out, lse
 
 
@@ -138,7 +140,7 @@ def attention_backward(grad, q, k, v, scale, dq, dk, dv):
     (b, h, n, d), keys = q.shape, k.shape[2]
     tensors = map(_tensor, (grad, q, k, v, dq, dk, dv))
     problem = _Backward(*tensors, b, h, n, keys, d, scale, scale * math.log2(math.e), torch.get_num_threads())
-    _run("attention_backward", q, keys, problem)
+    _run(f"attention_backward_{DTYPES[q.dtype]}", problem, HEADS, keys)
 
 
 def why_no_blocks(dtype):
@@ -207,8 +209,7 @@ def blocks(x, blocks, *, residual=False):
         residual,
         torch.get_num_threads(),
     )
-    if getattr(_library()[0], f"blocks_{DTYPES[x.dtype]}")(ctypes.byref(problem)):
-        raise MemoryError(f"no memory for what threads keep of {batches} x {tokens} tokens")
+    _run(f"blocks_{DTYPES[x.dtype]}", problem, "what threads keep of {} x {} tokens", batches, tokens)
     return y
 
 
@@ -230,7 +231,7 @@ def norm_backward(dy, x, norm_weight, norm_bias, eps, need_dx, need_norm, need_n
     dnorm = [torch.empty_like(t) if need_norm else None for t in tensors[2:]]
     addresses = map(_address, (x, dy, norm_weight, norm_bias, dx, *dnorm, normed))
     problem = _NormBackward(*addresses, x.numel() // k, k, eps, torch.get_num_threads())
-    _sum(f"norm_backward_{DTYPES[x.dtype]}_{DTYPES[dy.dtype]}", problem)
+    _run(f"norm_backward_{DTYPES[x.dtype]}_{DTYPES[dy.dtype]}", problem, SUMS)
     return dx, *dnorm, normed
 
 
@@ -239,13 +240,8 @@ def gelu_backward(grad, z, activation, sums_dtype):
     sums = None if sums_dtype is None else grad.new_empty(grad.shape[1], dtype=sums_dtype)
     addresses = map(_address, (z, grad, grad, sums))
     problem = _GeluBackward(*addresses, *grad.shape, activation == "gelu_tanh", torch.get_num_threads())
-    _sum(f"gelu_backward_{DTYPES[sums_dtype or grad.dtype]}", problem)
+    _run(f"gelu_backward_{DTYPES[sums_dtype or grad.dtype]}", problem, SUMS)
     return grad, sums
-
-
-def _sum(name, problem):
-    if getattr(_library()[0], name)(ctypes.byref(problem)):
-        raise MemoryError("no memory for sums over rows, in fp32, of up to 512 blocks of rows")
 
 
 _NOTHING = _Linear()
@@ -259,9 +255,10 @@ def _address(t):
     return None if t is None else t.data_ptr()
 
 
-def _run(name, q, keys, problem):
-    if getattr(_library()[0], f"{name}_{DTYPES[q.dtype]}")(ctypes.byref(problem)):
-        raise MemoryError(f"no memory for attention of {keys} keys: each thread holds one head's in fp32")
+def _run(name, problem, of, *values):
+    """A function of the library, which says by another result than 0 that there is no memory for `of` these values."""
+    if getattr(_library()[0], name)(ctypes.byref(problem)):
+        raise MemoryError(f"no memory for {of.format(*values)}")
 
 
 def _tensor(t):
