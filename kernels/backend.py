@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from . import native_attention, packed
+from . import compiled, native_attention, packed
 from .launch import INTERPRET, chip_of, triton
 
 BACKENDS = ("auto", "triton", "native")
@@ -104,4 +104,6 @@ def explain(*tensors):
     said = f"native; Triton is passed over because {why_not}"
     if x.device.type == "cpu" and x.dtype.is_floating_point:
         said += f"; {packed.in_words_for(x.dtype)}; {native_attention.in_words_for(x.dtype)}"
+        if native_attention.choice(x.dtype).compiled or any(c.linear == "compiled" for c in packed.choices(x.dtype)):
+            said += compiled.bf16_in_words(x.dtype)
     return said

@@ -2,6 +2,9 @@
 
 It takes some seconds, once: the library is kept in the cache folder, for these sources, compiler and processor. Where
 it cannot be had `why_not` says why, and PyTorch's own operators compute the same. Nothing here needs a compiler.
+
+Processors that multiply pairs of bf16 do so at twice the rate of fp32, or at half of it: `bf16` measures once in a
+process which is faster, pairs or fp32 that bf16 was widened to. VITRITON_CPU_BF16=pairs|fp32 chooses instead.
 """
 
 import ctypes
@@ -19,16 +22,20 @@ from pathlib import Path
 
 import torch
 
+from .choice import fastest, from_environment, in_words, once, sample
 from .tuned import folder
 
 __all__ = [
     "DTYPES",
     "attention_backward",
     "attention_forward",
+    "bf16",
+    "bf16_in_words",
     "block",
     "blocks",
     "gelu",
     "gelu_backward",
+    "multiplies_pairs",
     "norm_backward",
     "takes",
     "why_no_blocks",
@@ -45,6 +52,9 @@ HEADS = "attention of {} keys: each thread holds one head's in fp32"
 SUMS = "sums over rows, in fp32, of up to 512 blocks of rows"
 SECONDS = 120  # for the compiler
 
+VARIABLE = "VITRITON_CPU_BF16"
+forced = from_environment(VARIABLE, ("auto", "pairs", "fp32"))
+
 
 class _Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row"))]
@@ -59,7 +69,7 @@ class _Forward(ctypes.Structure):
         ("lse", ctypes.c_void_p),
         *SIZES,
         ("factor", ctypes.c_float),
-        ("threads", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("pairs", "threads")),
     ]
 
 
@@ -67,9 +77,8 @@ class _Backward(ctypes.Structure):
     _fields_ = [
         *((name, _Tensor) for name in ("grad", "q", "k", "v", "dq", "dk", "dv")),
         *SIZES,
-        ("scale", ctypes.c_float),
-        ("factor", ctypes.c_float),
-        ("threads", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("scale", "factor")),
+        *((name, ctypes.c_int) for name in ("pairs", "threads")),
     ]
 
 
@@ -96,7 +105,7 @@ class _Blocks(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "y", "between", "blocks")),
         *((name, ctypes.c_int64) for name in ("count", "batches", "tokens")),
-        *((name, ctypes.c_int) for name in ("residual", "threads")),
+        *((name, ctypes.c_int) for name in ("residual", "pairs", "threads")),
     ]
 
 
@@ -130,7 +139,8 @@ def attention_forward(q, k, v, scale, with_lse):
     out = q.new_empty(b, n, h, d).transpose(1, 2)
     lse = q.new_empty(b, h, n, dtype=torch.float32) if with_lse else None
     factor = scale * math.log2(math.e)
-    problem = _Forward(*map(_tensor, (q, k, v, out)), _address(lse), b, h, n, keys, d, factor, torch.get_num_threads())
+    how = factor, _in_pairs(q), torch.get_num_threads()
+    problem = _Forward(*map(_tensor, (q, k, v, out)), _address(lse), b, h, n, keys, d, *how)
     _run(f"attention_forward_{DTYPES[q.dtype]}", problem, HEADS, keys)
     return out, lse
 
@@ -139,21 +149,54 @@ def attention_backward(grad, q, k, v, scale, dq, dk, dv):
     """Write the gradients of q, k and v into dq, dk and dv: in fp32 or bf16, no dim is 0, and last strides are 1."""
     (b, h, n, d), keys = q.shape, k.shape[2]
     tensors = map(_tensor, (grad, q, k, v, dq, dk, dv))
-    problem = _Backward(*tensors, b, h, n, keys, d, scale, scale * math.log2(math.e), torch.get_num_threads())
+    how = scale, scale * math.log2(math.e), _in_pairs(q), torch.get_num_threads()
+    problem = _Backward(*tensors, b, h, n, keys, d, *how)
     _run(f"attention_backward_{DTYPES[q.dtype]}", problem, HEADS, keys)
 
 
 def why_no_blocks(dtype):
     """The same of `blocks`."""
-    if why := why_not(dtype):
-        return why.replace("attention", "Linear")
-    if not hasattr(_library()[0], f"blocks_{DTYPES[dtype]}"):
-        return "this processor has no products of pairs of bf16"
-    return None
+    why = why_not(dtype)
+    return why and why.replace("attention", "Linear")
+
+
+def bf16():
+    """How bf16 is multiplied, "pairs" or "fp32", and why; where `why_not` is None."""
+    return _bf16(torch.get_num_threads(), forced)
+
+
+def bf16_in_words(dtype):
+    """How a dtype is multiplied where it is bf16; else ""."""
+    return "; compiled products of bf16 as {}: {}".format(*bf16()) if dtype == torch.bfloat16 else ""
+
+
+@once
+def _bf16(threads, forced):
+    if not multiplies_pairs():
+        if forced == "pairs":
+            raise RuntimeError(
+                f"{VARIABLE} is 'pairs', which this processor cannot multiply: unset it, or set it to fp32"
+            )
+        return "fp32", "this processor has no products of pairs"
+    if forced != "auto":
+        return forced, f"{VARIABLE} is {forced!r}"
+    x, weight = sample(96, 256).bfloat16(), sample(512, 256).bfloat16()
+    made = [block(None, (weight, None))]
+    seconds = fastest(pairs=lambda: _blocks(x, made, False, True), fp32=lambda: _blocks(x, made, False, False))
+    return min(seconds, key=seconds.get), f"it is the faster one (96 x 256 x 512: {in_words(seconds)})"
+
+
+def multiplies_pairs():
+    """Whether this processor can multiply pairs of bf16; `why_not` is None."""
+    return bool(ctypes.c_int.in_dll(_library()[0], "multiplies_pairs").value)
+
+
+def _in_pairs(x):
+    return x.dtype == torch.bfloat16 and bf16()[0] == "pairs"
 
 
 def takes(dtype, k, weight, bias):
-    """Whether a block may have this Linear of (...,k), k > 0: all is as F.linear takes it, and bf16 lies in pairs."""
+    """Whether a block may have this Linear of (...,k), k > 0: all is as F.linear takes it, and pairs of bf16 lie so."""
     n = weight.shape[0]
     return (
         n > 0
@@ -161,7 +204,7 @@ def takes(dtype, k, weight, bias):
         and weight.shape[1] == k
         and weight.dtype == dtype
         and (bias is None or (bias.dtype == dtype and bias.shape == (n,) and bias.is_contiguous()))
-        and (dtype == torch.float32 or not (k | weight.stride(0)) % 2)
+        and (not (k | weight.stride(0)) % 2 or not _in_pairs(weight))
     )
 
 
@@ -190,7 +233,10 @@ def block(norm, first, second=None, *, statistics=(None, None), activation=None,
 def blocks(x, blocks, *, residual=False):
     """These blocks of x (...,K), not empty, one after the other, each + what it takes if `residual`; (B,N,K) if one has
     heads. All is of one dtype, fp32 or bf16; not differentiable."""
-    x = x.contiguous()
+    return _blocks(x.contiguous(), blocks, residual, _in_pairs(x))
+
+
+def _blocks(x, blocks, residual, pairs):
     *outer, tokens, _ = x.shape if x.dim() > 1 else (1, *x.shape)
     last = blocks[-1].second.n or blocks[-1].first.n
     y = x.new_empty(*x.shape[:-1], last)
@@ -207,6 +253,7 @@ def blocks(x, blocks, *, residual=False):
         batches,
         tokens,
         residual,
+        pairs,
         torch.get_num_threads(),
     )
     _run(f"blocks_{DTYPES[x.dtype]}", problem, "what threads keep of {} x {} tokens", batches, tokens)
@@ -293,7 +340,7 @@ def _load():
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
         for name in DTYPES.values():
-            library[f"attention_forward_{name}"], library[f"attention_backward_{name}"]
+            library[f"attention_forward_{name}"], library[f"attention_backward_{name}"], library[f"blocks_{name}"]
     except subprocess.CalledProcessError as error:
         said = next(iter(error.stderr.strip().splitlines()), f"exit code {error.returncode}")
         return None, f"{compiler} cannot compile it: {said}"

@@ -7,8 +7,8 @@
 // so that softmax needs no sum across a vector, and neither k nor v is transposed; and backward, after p again, with its
 // own sums,
 //     dpᵀ = v doutᵀ,  ds = p (dp - Σ p dp),  dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
-// All is in fp32; bf16 is rounded when it is stored, and so are p and ds where the processor multiplies pairs of bf16 and
-// dim is even. Sums are made of sums over CHUNK terms, so that their rounding errors do not grow with N. The bits depend
+// All is in fp32; bf16 is rounded when it is stored, and so are p and ds where pairs of bf16 are multiplied: if asked for,
+// the processor has that and dim is even. Sums are made of sums over CHUNK terms, so that their rounding errors do not grow with N. The bits depend
 // neither on the number of threads nor on the other heads.
 
 #include <atomic>
@@ -66,7 +66,7 @@ struct Backward {  // each gradient has the shape of what it is the gradient of
   Tensor grad, q, k, v, dq, dk, dv;
   int64_t batches, heads, queries, keys, dim;
   float scale, factor;
-  int threads;
+  int pairs, threads;
 };
 }
 
@@ -250,14 +250,14 @@ static int backward(const Backward& f) {
 
 static int forward_bf16(const Forward& f) {
 #if defined(__AVX512BF16__)
-  if (f.dim % 2 == 0) return forward<uint16_t, Pairs>(f);
+  if (f.pairs && f.dim % 2 == 0) return forward<uint16_t, Pairs>(f);
 #endif
   return forward<uint16_t, Floats>(f);
 }
 
 static int backward_bf16(const Backward& f) {
 #if defined(__AVX512BF16__)
-  if (f.dim % 2 == 0) return backward<uint16_t, Pairs>(f);
+  if (f.pairs && f.dim % 2 == 0) return backward<uint16_t, Pairs>(f);
 #endif
   return backward<uint16_t, Floats>(f);
 }

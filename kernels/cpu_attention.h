@@ -15,8 +15,8 @@ struct Forward {  // q, out (batches, heads, queries, dim), k, v (batches, heads
   Tensor q, k, v, out;
   float* lse;
   int64_t batches, heads, queries, keys, dim;
-  float factor;  // scale / ln 2
-  int threads;
+  float factor;        // scale / ln 2
+  int pairs, threads;  // pairs of bf16 are multiplied as such
 };
 
 int attention_forward_fp32(const Forward* f);

@@ -6,9 +6,10 @@
 // and what they are made of, act(norm(x) wᵀ + b) and one more Linear of that. Threads share out the rows; what lies
 // between two products stays in a thread's cache. A product reads a weight (N,K) where it lies: a chunk of K and a panel
 // of WIDE of its rows at a time are transposed into the nearest cache, and used for all rows of a thread's part, up to
-// MOST_ROWS, by tiles of R rows. So there is no copy of a weight that a change of it would make stale. Both are read as
-// Units of 32 bits, one fp32 or a pair of bf16; sums are in fp32, and rounded where a block would store them. The bits do
-// not depend on the number of threads, and on the number of rows only in whether these are FEW_ROWS.
+// MOST_ROWS, by tiles of R rows. So there is no copy of a weight that a change of it would make stale. Both are taken as
+// Units of 32 bits: one fp32, which bf16 is widened to on the way, or a pair of bf16. Sums are in fp32, and rounded where
+// a block would store them. The bits do not depend on the number of threads, and on the number of rows only in whether
+// these are FEW_ROWS.
 
 #include <atomic>
 #include <type_traits>
@@ -44,18 +45,26 @@ struct Blocks {  // x, y (batches, tokens, their last dims), between (batches * 
   void *y, *between;
   const Block* blocks;
   int64_t count, batches, tokens;
-  int residual, threads;
+  int residual, pairs, threads;  // pairs of bf16 are multiplied as such
 };
 }
 
 enum { NONE, GELU, GELU_TANH };
 
+// what a weight in T is read as, and what stands on its left is held as
+template <class T, class Unit>
+using Word = std::conditional_t<Unit::elements == 2, float, T>;
+template <class T, class Unit>
+using Held = std::conditional_t<Unit::elements == 2, T, float>;
+
 // finish(n, c) of each panel c (rows, WIDE), columns n to n + WIDE of a wᵀ, a (rows, k). Where that many rows of a do not
 // stay in cache, all panels get the sum over a SPAN of k before the next: c has room for them
-template <class Unit, class T, class Finish>
-static void panels(const T* a, int64_t rows, const Linear& w, int64_t chunk, float* panel, float* c, Finish finish) {
+template <class T, class Unit, class Finish>
+static void panels(const Held<T, Unit>* a, int64_t rows, const Linear& w, int64_t chunk, float* panel, float* c,
+                   Finish finish) {
   const int64_t units = w.k / Unit::elements, row = w.row / Unit::elements;
-  const float *left = reinterpret_cast<const float*>(a), *weight = static_cast<const float*>(w.weight);
+  const float* left = reinterpret_cast<const float*>(a);
+  const auto* weight = static_cast<const Word<T, Unit>*>(w.weight);
   for (int64_t start = 0; start < units; start += SPAN)
     for (int64_t n = 0; n < w.n; n += WIDE) {
       const int64_t end = std::min(start + SPAN, units);
@@ -64,11 +73,11 @@ static void panels(const T* a, int64_t rows, const Linear& w, int64_t chunk, flo
         const int64_t some = std::min(chunk, end - i);
         transpose(weight + n * row + i, row, std::min(WIDE, w.n - n), some, WIDE, panel);
         const bool same_panel = end - i > chunk;
-        const float* next = weight + (same_panel ? n * row + i + chunk : (n + WIDE) * row + start);
+        const auto* next = weight + (same_panel ? n * row + i + chunk : (n + WIDE) * row + start);
         const int64_t next_rows = std::min(WIDE, w.n - (same_panel ? n : n + WIDE));
         for (int64_t r = 0; r < rows; r += R) {
           for (int64_t j = next_rows * r / rows; j < next_rows * (r + R) / rows; j++)
-            for (int64_t l = 0; l < chunk; l += 16) __builtin_prefetch(next + j * row + l, 0, 3);
+            for (int64_t l = 0; l < chunk; l += 64 / sizeof *next) __builtin_prefetch(next + j * row + l, 0, 3);
           tile_of<Unit, R, C>(std::min<int64_t>(R, rows - r), C, left + r * units + i, units, 1, panel, WIDE, some,
                               sums + r * WIDE, WIDE, i > 0);
         }
@@ -117,42 +126,48 @@ static inline vec rounded(vec x) {
   store(y, x);
   return load(y);
 }
+// x rounded to T
+template <class T, class To>
+static inline void store_rounded(To* p, vec x) {
+  store(p, std::is_same<T, To>::value ? x : rounded<T>(x));
+}
 
-// to (rows, w.n) = act(c + bias) [+ residual (rows, w.n)], in columns n to n + WIDE
-template <class T, class Act>
-static inline void finish_panel(const Linear& w, int64_t n, const float* c, int64_t rows, const T* residual, T* to,
+// to (rows, w.n) = act(c + bias) [+ residual (rows, w.n)], rounded to T, in columns n to n + WIDE
+template <class T, class To, class Act>
+static inline void finish_panel(const Linear& w, int64_t n, const float* c, int64_t rows, const To* residual, To* to,
                                 Act act) {
   const int64_t columns = std::min(WIDE, w.n - n);
   float bias[WIDE] = {};
   if (w.bias != nullptr)
     for (int64_t j = 0; j < columns; j++) bias[j] = widen(static_cast<const T*>(w.bias)[n + j]);
   for (int64_t r = 0; r < rows; r++) {
-    T some[WIDE] = {};
-    T* y = columns == WIDE ? to + r * w.n + n : some;
-    const T* x = residual == nullptr ? nullptr : residual + r * w.n + n;
-    if (x != nullptr && y == some) x = static_cast<T*>(memcpy(some, x, columns * sizeof(T)));
+    To some[WIDE] = {};
+    To* y = columns == WIDE ? to + r * w.n + n : some;
+    const To* x = residual == nullptr ? nullptr : residual + r * w.n + n;
+    if (x != nullptr && y == some) x = static_cast<To*>(memcpy(some, x, columns * sizeof(To)));
     for (int64_t j = 0; j < WIDE; j += L) {
       const vec v = act(load(c + r * WIDE + j) + load(bias + j));
-      store(y + j, x == nullptr ? v : rounded<T>(v) + load(x + j));
+      store_rounded<T>(y + j, x == nullptr ? v : rounded<T>(v) + load(x + j));
     }
-    if (y == some) memcpy(to + r * w.n + n, some, columns * sizeof(T));
+    if (y == some) memcpy(to + r * w.n + n, some, columns * sizeof(To));
   }
 }
 
-template <class T>
-static void finish(const Linear& w, int activation, int64_t n, const float* c, int64_t rows, const T* residual, T* to) {
+template <class T, class To>
+static void finish(const Linear& w, int activation, int64_t n, const float* c, int64_t rows, const To* residual, To* to) {
   if (activation == GELU)
-    finish_panel(w, n, c, rows, residual, to, [](vec x) { return gelu(rounded<T>(x)); });
+    finish_panel<T>(w, n, c, rows, residual, to, [](vec x) { return gelu(rounded<T>(x)); });
   else if (activation == GELU_TANH)
-    finish_panel(w, n, c, rows, residual, to, [](vec x) { return gelu_tanh(rounded<T>(x)); });
+    finish_panel<T>(w, n, c, rows, residual, to, [](vec x) { return gelu_tanh(rounded<T>(x)); });
   else
-    finish_panel(w, n, c, rows, residual, to, [](vec x) { return x; });
+    finish_panel<T>(w, n, c, rows, residual, to, [](vec x) { return x; });
 }
 
-// to = LayerNorm of x (rows, k). gamma, beta and row have room for k in whole vectors, gamma and beta are 0 there
-template <class T>
+// to = LayerNorm of x (rows, k), rounded to T. gamma, beta and row have room for k in whole vectors, gamma and beta are 0
+// there
+template <class T, class To>
 static void layer_norm(const T* x, int64_t rows, int64_t k, const float* gamma, const float* beta, float eps, float* row,
-                       T* to, float* means, float* rstds) {
+                       To* to, float* means, float* rstds) {
   const int64_t whole = k / L * L, width = (k + L - 1) / L * L;
   vec rest = {};
   for (int64_t l = 0; l < k - whole; l++) rest[l] = 1.0f;
@@ -178,10 +193,9 @@ static void layer_norm(const T* x, int64_t rows, int64_t k, const float* gamma, 
     if (means != nullptr) means[r] = mean + deviation, rstds[r] = rstd;
     for (int64_t j = 0; j < width; j += L) {
       const vec v = (load(row + j) - deviation) * rstd * load(gamma + j) + load(beta + j);
-      if (j < whole)
-        store(to + j, v);
-      else
-        for (int64_t l = 0; l < k - whole; l++) narrow(v[l], to + j + l);
+      To some[L];
+      store_rounded<T>(j < whole ? to + j : some, v);
+      if (j == whole) memcpy(to + j, some, (k - whole) * sizeof(To));
     }
   }
 }
@@ -189,7 +203,8 @@ static void layer_norm(const T* x, int64_t rows, int64_t k, const float* gamma, 
 // y = the linears of x [+ residual]; residual, and x with a norm before it, may be y
 template <class T, class Unit>
 static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y, int64_t all_rows, int threads) {
-  const bool norm = f.norm_weight != nullptr, two = f.second.weight != nullptr;
+  using H = Held<T, Unit>;
+  const bool norm = f.norm_weight != nullptr, held = norm || !std::is_same<T, H>::value, two = f.second.weight != nullptr;
   const Linear& last = two ? f.second : f.first;
   const int64_t k = f.first.k, width = (k + L - 1) / L * L, tiles = (all_rows + R - 1) / R;
   const int64_t most = MOST_ROWS / R * threads, parts = std::min(tiles, threads * ((tiles + most - 1) / most));
@@ -199,12 +214,12 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch(MOST_CHUNK * WIDE + rows * sums + 3 * width + rows * (norm * width + two * f.first.n));
+    Scratch scratch(MOST_CHUNK * WIDE + rows * sums + 3 * width + rows * (held * width + two * f.first.n));
     if (scratch.memory == nullptr) failed = 1;
     float *panel = scratch.take(MOST_CHUNK * WIDE), *c = scratch.take(rows * sums);
     float *gamma = scratch.take(width), *beta = scratch.take(width), *row = scratch.take(width);
-    T* normed = reinterpret_cast<T*>(scratch.take(rows * norm * width));
-    T* hidden = reinterpret_cast<T*>(scratch.take(rows * two * f.first.n));
+    H* left = reinterpret_cast<H*>(scratch.take(rows * held * width));
+    H* hidden = reinterpret_cast<H*>(scratch.take(rows * two * f.first.n));
     if (scratch.memory != nullptr && norm)
       for (int64_t j = 0; j < width; j++) {
         gamma[j] = j < k ? widen(static_cast<const T*>(f.norm_weight)[j]) : 0;
@@ -217,13 +232,19 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
       const T *x = all_x + start * k, *added = residual == nullptr ? nullptr : residual + start * last.n;
       T* y = all_y + start * last.n;
       if (norm)
-        layer_norm(x, count, k, gamma, beta, f.eps, row, normed, f.mean ? f.mean + start : nullptr, f.rstd + start);
-      panels<Unit>(norm ? normed : x, count, f.first, chunk, panel, c, [&](int64_t n, const float* c) {
-        finish(f.first, f.activation, n, c, count, two ? nullptr : added, two ? hidden : y);
+        layer_norm(x, count, k, gamma, beta, f.eps, row, left, f.mean ? f.mean + start : nullptr, f.rstd + start);
+      else if (held)
+        for (int64_t i = 0; i < count * k; i++) narrow(widen(x[i]), left + i);
+      const H* a = held ? left : reinterpret_cast<const H*>(x);
+      panels<T, Unit>(a, count, f.first, chunk, panel, c, [&](int64_t n, const float* c) {
+        if (two)
+          finish<T, H>(f.first, f.activation, n, c, count, nullptr, hidden);
+        else
+          finish<T>(f.first, f.activation, n, c, count, added, y);
       });
       if (two)
-        panels<Unit>(hidden, count, f.second, chunk, panel, c,
-                     [&](int64_t n, const float* c) { finish(f.second, NONE, n, c, count, added, y); });
+        panels<T, Unit>(hidden, count, f.second, chunk, panel, c,
+                        [&](int64_t n, const float* c) { finish<T>(f.second, NONE, n, c, count, added, y); });
     }
   }
   return failed;
@@ -237,7 +258,7 @@ static int attention(const Block& block, const T* x, const T* residual, T* y, co
   const auto of_heads = [&](T* t, int64_t width) { return Tensor{t, f.tokens * width, dim, width}; };
   Forward forward{of_heads(qkv, wide), of_heads(qkv + inner, wide), of_heads(qkv + 2 * inner, wide),
                   of_heads(out, inner), nullptr, f.batches, block.heads, f.tokens, f.tokens, dim, block.factor,
-                  f.threads};
+                  f.pairs, f.threads};
   return linears<T, Unit>(first, x, nullptr, qkv, rows, f.threads) ||
          (std::is_same<T, float>::value ? attention_forward_fp32 : attention_forward_bf16)(&forward) ||
          linears<T, Unit>({nullptr, nullptr, l.second, {}, nullptr, nullptr, 0, NONE}, out, residual, y, rows, f.threads);
@@ -277,7 +298,15 @@ extern "C" void gelu_fp32(const void* z, void* y, int64_t n, int tanh, int threa
 extern "C" void gelu_bf16(const void* z, void* y, int64_t n, int tanh, int threads) {
   activate(static_cast<const uint16_t*>(z), static_cast<uint16_t*>(y), n, tanh, threads);
 }
-extern "C" int blocks_fp32(const Blocks* f) { return blocks<float, Floats>(*f); }
 #if defined(__AVX512BF16__)
-extern "C" int blocks_bf16(const Blocks* f) { return blocks<uint16_t, Pairs>(*f); }
+extern "C" const int multiplies_pairs = 1;
+#else
+extern "C" const int multiplies_pairs = 0;
 #endif
+extern "C" int blocks_fp32(const Blocks* f) { return blocks<float, Floats>(*f); }
+extern "C" int blocks_bf16(const Blocks* f) {
+#if defined(__AVX512BF16__)
+  if (f->pairs) return blocks<uint16_t, Pairs>(*f);
+#endif
+  return blocks<uint16_t, Floats>(*f);
+}

@@ -199,7 +199,8 @@ static inline void exchange(vec (&rows)[L]) {
 }
 
 // to (units, wide), wide in whole vectors: the transpose of from (count, units), and columns of 0
-static inline void transpose(const float* from, int64_t row, int64_t count, int64_t units, int64_t wide, float* to) {
+template <class T>
+static inline void transpose(const T* from, int64_t row, int64_t count, int64_t units, int64_t wide, float* to) {
   for (int64_t j = 0; j < wide; j += L)
     for (int64_t i = 0; i < units; i += L) {
       if (j + L <= count && i + L <= units) {
@@ -211,7 +212,7 @@ static inline void transpose(const float* from, int64_t row, int64_t count, int6
         for (int l = 0; l < L; l++) store(to + (i + l) * wide + j, square[l]);
       } else {
         for (int64_t l = i; l < std::min(i + L, units); l++)
-          for (int64_t m = j; m < j + L; m++) to[l * wide + m] = m < count ? from[m * row + l] : 0;
+          for (int64_t m = j; m < j + L; m++) to[l * wide + m] = m < count ? widen(from[m * row + l]) : 0;
       }
     }
 }

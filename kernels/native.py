@@ -62,7 +62,7 @@ def layer_norm_linear_forward(
 ):
     """x (...,K), weight (N,K) -> y (...,N), its pre-activation (...,N) or None, mean and rstd, of a row each."""
     if _of_one_dtype(x, norm_weight, norm_bias, weight) and _are_compiled(x, norm_weight, norm_bias, (weight, bias)):
-        mean, rstd = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
+        mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))  # results share no memory
         how = {"statistics": (mean, rstd), "activation": None if save_preactivation else activation}
         y = compiled.blocks(x, [compiled.block((norm_weight, norm_bias, eps), (weight, bias), **how)])
         z = y if save_preactivation else None

@@ -240,9 +240,14 @@ class Choice:
     why: str
 
 
+def choices(dtype):
+    """How Linear is computed in a dtype, for small and for large weights."""
+    return [choice(dtype, 192, n, k) for k, n in (CLASSES[True], CLASSES[False])]
+
+
 def in_words_for(dtype):
-    """How Linear is computed in a dtype, and why, for small and for large weights."""
-    small, large = (choice(dtype, 192, n, k) for k, n in (CLASSES[True], CLASSES[False]))
+    """The same, and why."""
+    small, large = choices(dtype)
     if small == large:
         return f"Linear by {small.linear}: {small.why}"
     return f"Linear of small weights by {small.linear}: {small.why}; of others by {large.linear}: {large.why}"

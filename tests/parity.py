@@ -1,7 +1,7 @@
 """What the tests of the functions share: where each implementation runs, and parity with the plain formula.
 
-A pytest plugin, for its fixture: `pytest_plugins = ["parity"]` in a test file. Its assertions carry their own messages:
-PYTEST_DONT_REWRITE.
+A pytest plugin, for its fixtures: `pytest_plugins = ["parity"]` in a test file. Its assertions carry their own
+messages: PYTEST_DONT_REWRITE.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ from dataclasses import replace
 import guards
 import pytest
 import torch
-from vitriton.kernels import reference, use_backend
+from vitriton.kernels import compiled, reference, use_backend
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 # bf16 is wrong in the interpreter, and fp64 is for the interpreter only
@@ -41,6 +41,27 @@ def where(backend, request):
     device = torch.device("cpu") if backend == "native" else request.getfixturevalue("device")
     with use_backend(backend):
         yield device
+
+
+# the dtypes of compiled.py, bf16 in both ways to multiply it: for tests that use the fixture `multiplied`
+compiled_dtypes = pytest.mark.parametrize(
+    "dtype, multiplied",
+    [(F32, "auto"), (BF16, "pairs"), (BF16, "fp32")],
+    indirect=["multiplied"],
+    ids=["fp32", "bf16", "bf16-as-fp32"],
+)
+
+
+@pytest.fixture
+def multiplied(request, monkeypatch):
+    """How compiled.py multiplies bf16 in this test: as it is parametrised, else as is faster here."""
+    how = getattr(request, "param", "auto")
+    monkeypatch.setattr(compiled, "forced", how)
+    if how == "pairs":
+        try:
+            compiled.bf16()
+        except RuntimeError as error:
+            pytest.skip(str(error))
 
 
 def randn(*shape, dtype=F32, device="cpu", mean=0.0, std=1.0):

@@ -6,7 +6,19 @@ import sys
 
 import pytest
 import torch
-from parity import BF16, F16, F32, F64, assert_parity, attention_inputs, copies, layer_norm_inputs, randn, run
+from parity import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    assert_parity,
+    attention_inputs,
+    compiled_dtypes,
+    copies,
+    layer_norm_inputs,
+    randn,
+    run,
+)
 from test_native_attention import peak
 from vitriton.kernels import (
     attention,
@@ -22,7 +34,8 @@ from vitriton.kernels import (
 from vitriton.vit import ViT, fuse
 from vitriton.vit.checkpoint import same_ways
 
-pytestmark = pytest.mark.usefixtures("unguarded")
+pytest_plugins = ["parity"]
+pytestmark = pytest.mark.usefixtures("unguarded", "multiplied")
 
 # b, h, nq, nk, d: head dims that fill no vector, queries and keys that fill no tile, one of each, many chunks of a sum
 CASES = [
@@ -64,7 +77,7 @@ def inputs_of(case, dtype, scale=1.0):
     return {name: (t.detach() * scale).to(dtype) for name, t in attention_inputs(*case, dtype=F32).items()}
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@compiled_dtypes
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity(case, dtype):
     inputs = attention_inputs(*case, dtype=dtype)
@@ -73,14 +86,14 @@ def test_parity(case, dtype):
     assert_parity(attention, inputs, scale=-0.2)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@compiled_dtypes
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 3e4])
 def test_scales(dtype, scale):
     """Equal weights; nearly so; and one key with all the weight, the others' powers being 0."""
     assert_parity(attention, inputs_of((1, 2, 70, 90, 24), dtype), scale=scale)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@compiled_dtypes
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_log_sum_of_exponentials(case, dtype):
     q, k, v = inputs_of(case, dtype).values()
@@ -89,7 +102,7 @@ def test_log_sum_of_exponentials(case, dtype):
     torch.testing.assert_close(lse.double(), gold, rtol=3e-7, atol=3e-7)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@compiled_dtypes
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_same_bits(case, dtype):
     """In any layout, in any number of threads, with lse and without, one image alone and among others."""
@@ -113,7 +126,7 @@ def test_the_same_bits(case, dtype):
         assert torch.equal(again, out[:1]) and nothing is None
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@compiled_dtypes
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_value_stays_in_its_rows(dtype, bad):
     clean = inputs_of((2, 2, 70, 90, 24), dtype)
@@ -130,7 +143,7 @@ def test_a_bad_value_stays_in_its_rows(dtype, bad):
     assert torch.equal(result.isfinite(), gold.isfinite()) and not result[1, 0, :, 5].isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@compiled_dtypes
 def test_a_key_of_no_weight_spoils_no_gradient_of_v(dtype):
     """A score of -inf; the number of queries is odd, and what stands beside the last one is none."""
     inputs = inputs_of((1, 2, 17, 30, 24), dtype)
@@ -158,7 +171,7 @@ def test_rounding_to_bf16_is_to_the_nearest_even():
         assert torch.equal(out, v[:, :, keys].double().mean(2, keepdim=True).to(BF16))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@compiled_dtypes
 def test_backward_by_the_lse_of_the_compiled(dtype):
     for case in ((2, 3, 197, 197, 64), (1, 2, 700, 700, 16)):
         inputs = attention_inputs(*case, dtype=dtype)
@@ -190,10 +203,13 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "_found", [])
     monkeypatch.setattr(native_attention, "forced", "auto")
     monkeypatch.setenv("VITRITON_CACHE_DIR", str(tmp_path))
-    native_attention._choice.cache_clear()
+    choices = native_attention._choice, compiled._bf16
+    for choice in choices:
+        choice.cache_clear()
     with use_backend("native"):
         yield tmp_path
-    native_attention._choice.cache_clear()
+    for choice in choices:
+        choice.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -283,8 +299,29 @@ def test_vectors_of_lesser_processors(fresh, monkeypatch, processor):
     monkeypatch.setattr(packed, "forced", "compiled")
     for rows, n, k in ((70, 66, 72), (9, 10, 3), (300, 130, 300)):
         assert_parity(layer_norm_linear, layer_norm_inputs((rows,), n, k), activation="gelu")
+        assert_parity(layer_norm_linear, layer_norm_inputs((rows,), n, k, dtype=BF16), activation="gelu")
     if "native" not in processor:
-        assert compiled.why_no_blocks(BF16) == "this processor has no products of pairs of bf16"
+        assert compiled.bf16() == ("fp32", "this processor has no products of pairs")
+        monkeypatch.setattr(compiled, "forced", "pairs")
+        with pytest.raises(RuntimeError, match="VITRITON_CPU_BF16 is 'pairs', which this processor cannot multiply"):
+            compiled.bf16()
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [((1e-3, 2e-3), "pairs"), ((2e-3, 1e-3), "fp32")])
+def test_how_bf16_is_multiplied_is_measured_and_told(fresh, monkeypatch, seconds, faster):
+    if why_not := compiled.why_not(BF16):
+        pytest.skip(f"attention cannot be compiled here: {why_not}")
+    monkeypatch.setattr(compiled, "multiplies_pairs", lambda: True)
+    monkeypatch.setattr(compiled, "fastest", lambda **calls: dict(zip(calls, seconds, strict=True)))
+    monkeypatch.setattr(native_attention, "forced", "compiled")
+    said = f"compiled products of bf16 as {faster}: it is the faster one (96 x 256 x 512: pairs "
+    assert said in explain(randn(1, dtype=BF16)) and "of bf16" not in explain(randn(1))
+
+
+def test_a_training_in_bf16_goes_on_as_before(fresh, monkeypatch):
+    for able, way in ((True, "pairs"), (False, "fp32")):
+        monkeypatch.setattr(compiled, "multiplies_pairs", lambda able=able: able)
+        assert same_ways({compiled.VARIABLE: "fp32"}, {compiled.VARIABLE: "pairs"}) == {compiled.VARIABLE: way}
 
 
 def test_a_training_goes_on_where_there_is_no_compiler(fresh, monkeypatch):

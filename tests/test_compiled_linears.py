@@ -7,14 +7,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import BF16, F32, F64, assert_parity, layer_norm_inputs, randn
+from parity import BF16, F32, F64, assert_parity, compiled_dtypes, layer_norm_inputs, randn
 from test_packed import CHANGES, tokens
 from test_packed import blocks as blocks_of_packed
 from vitriton.kernels import compiled, layer_norm_linear, native, packed, use_backend
 from vitriton.kernels.reference import compare
 from vitriton.vit import Transformer, ViT, fuse, record_attention, unfuse
 
-pytestmark = pytest.mark.usefixtures("unguarded")
+pytest_plugins = ["parity"]
+pytestmark = pytest.mark.usefixtures("unguarded", "multiplied")
 
 # rows, N, K: few rows and many parts of them; widths that fill no vector, panel or chunk; one of each; K of many chunks
 CASES = [
@@ -27,7 +28,6 @@ CASES = [
     ((600,), 10, 48),
     ((37,), 192, 3072),
 ]
-DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 ACTIVATIONS = pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 
 
@@ -61,7 +61,7 @@ def of_block(x, *parameters, activation="gelu"):
     return compiled.blocks(x, [block])
 
 
-@DTYPES
+@compiled_dtypes
 @ACTIVATIONS
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer_norm_linear(case, activation, dtype):
@@ -71,7 +71,7 @@ def test_layer_norm_linear(case, activation, dtype):
         assert_parity(layer_norm_linear, inputs, activation=activation)
 
 
-@DTYPES
+@compiled_dtypes
 @ACTIVATIONS
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_linears(case, activation, dtype):
@@ -85,7 +85,7 @@ def test_two_linears(case, activation, dtype):
     assert error, str(error)
 
 
-@DTYPES
+@compiled_dtypes
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(33,), (3, 197), (1, 1, 400)], ids=str)
 def test_linear_by_itself(rows, bias, dtype):
@@ -110,7 +110,7 @@ def _normed(inputs):
     return F.layer_norm(x - x.mean(-1, keepdim=True), x.shape[-1:], norm_weight, norm_bias), weight, bias
 
 
-@DTYPES
+@compiled_dtypes
 @pytest.mark.parametrize("n", [200, 800])
 def test_the_same_bits(n, dtype):
     """In any layout, in any number of threads, one image alone and among others, but for how few rows there are."""
@@ -130,7 +130,7 @@ def test_the_same_bits(n, dtype):
     assert torch.equal(of_block(x[1], norm_weight, norm_bias, weight, bias, *second), y[1])
 
 
-@DTYPES
+@compiled_dtypes
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_value_stays_in_its_row(bad, dtype):
     x, *parameters = feed_forward_inputs((70,), 66, 72, dtype)
@@ -157,7 +157,7 @@ def test_gelu(activation):
     assert close[:-2].all() and y[-2] == torch.inf and y[-1].isnan()
 
 
-@DTYPES
+@compiled_dtypes
 @ACTIVATIONS
 def test_training_and_inference_give_the_same_bits(dtype, activation):
     inputs = layer_norm_inputs((3, 67), 96, 64, dtype=dtype)
@@ -167,7 +167,7 @@ def test_training_and_inference_give_the_same_bits(dtype, activation):
         assert torch.equal(native.layer_norm_linear_inference(*inputs.values(), 1e-5, activation), y)
 
 
-@DTYPES
+@compiled_dtypes
 @pytest.mark.parametrize("wanted", ["all", "x"])
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 def test_gradients(mean, wanted, dtype):
@@ -231,7 +231,7 @@ def calls(monkeypatch):
     return found
 
 
-@DTYPES
+@compiled_dtypes
 @pytest.mark.parametrize(
     "options", [{}, {"pool": "mean"}, {"heads": 5, "dim_head": 8}, {"pos_embed": "axial"}], ids=str
 )
@@ -312,13 +312,27 @@ def test_no_copies_are_kept():
 
 
 @pytest.mark.parametrize(
-    "dtype, weight",
-    [(BF16, randn(6, 59, dtype=BF16)), (BF16, randn(6, 61, dtype=BF16)[:, :60]), (F32, randn(60, 6).t())],
+    "dtype, weight, multiplied",
+    [
+        (BF16, randn(6, 59, dtype=BF16), "pairs"),
+        (BF16, randn(6, 61, dtype=BF16)[:, :60], "pairs"),
+        (F32, randn(60, 6).t(), "auto"),
+    ],
+    indirect=["multiplied"],
     ids=["odd K", "odd rows", "transposed"],
 )
 def test_weights_that_are_left_to_pytorch(dtype, weight):
     x = randn(40, weight.shape[1], dtype=dtype)
     assert not packed.is_compiled(x, (weight, None))
+    base, gold = F.linear(x, weight), F.linear(x.double(), weight.double())
+    error = compare("y", packed.linear(x, weight, None), base, gold, k=2)
+    assert error, str(error)
+
+
+@pytest.mark.parametrize("multiplied", ["fp32"], indirect=True)
+def test_weights_without_pairs():
+    x, weight = randn(40, 59, dtype=BF16), randn(6, 61, dtype=BF16)[:, :59]
+    assert packed.is_compiled(x, (weight, None))
     base, gold = F.linear(x, weight), F.linear(x.double(), weight.double())
     error = compare("y", packed.linear(x, weight, None), base, gold, k=2)
     assert error, str(error)

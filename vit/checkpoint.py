@@ -173,7 +173,10 @@ def restore_training(state, model, optimizer, scheduler, scaler, processes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The ways of kernels/packed.py and kernels/native_attention.py on a CPU, which give other bits
+# The ways of kernels/packed.py, native_attention.py and compiled.py on a CPU, which give other bits
+
+
+WAYS = packed, native_attention, compiled
 
 
 def ways(model, dtype):
@@ -182,23 +185,28 @@ def ways(model, dtype):
     n, k = max((m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)), key=math.prod)
     chosen = native_attention.choice(dtype)
     attention = "compiled" if chosen.compiled else "products" if chosen.products else "flash"
-    return {packed.VARIABLE: packed.choice(dtype, 192, n, k).linear, native_attention.VARIABLE: attention}
+    found = {packed.VARIABLE: packed.choice(dtype, 192, n, k).linear, native_attention.VARIABLE: attention}
+    if dtype == torch.bfloat16 and "compiled" in found.values():
+        found[compiled.VARIABLE] = compiled.bf16()[0]
+    return found
 
 
 def same_ways(found, before):
     """The ways of the training that goes on, where none was chosen: measured again, others might be the fastest."""
-    auto = {module.VARIABLE for module in (packed, native_attention) if module.forced == "auto" and packed.HAS_ONEDNN}
+    auto = {module.VARIABLE for module in WAYS if module.forced == "auto" and packed.HAS_ONEDNN}
     ways = {name: before.get(name, way) if name in auto else way for name, way in found.items()}
     for module, why_not in ((native_attention, compiled.why_not), (packed, compiled.why_no_blocks)):
         if ways.get(module.VARIABLE) == "compiled" and why_not(torch.float32):
             ways[module.VARIABLE] = found[module.VARIABLE]
+    if ways.get(compiled.VARIABLE) == "pairs" and not compiled.multiplies_pairs():
+        ways[compiled.VARIABLE] = "fp32"
     return ways
 
 
 @contextmanager
 def fixed_ways(chosen):
     """Take these ways, whatever would be measured: a training that goes on in another process takes the same."""
-    modules = [module for module in (packed, native_attention) if module.VARIABLE in chosen]
+    modules = [module for module in WAYS if module.VARIABLE in chosen]
     before = [module.forced for module in modules]
     for module in modules:
         module.forced = chosen[module.VARIABLE]
