@@ -198,20 +198,30 @@ static inline void exchange(vec (&rows)[L]) {
   if constexpr (step > 1) exchange<step / 2>(rows);
 }
 
-// to (units, wide), wide in whole vectors: the transpose of from (count, units), and columns of 0
+// to (units, wide), wide in whole vectors: the transpose of from (count, units), and columns of 0. bf16 is transposed in
+// pairs, and these are widened: half as many exchanges
 template <class T>
 static inline void transpose(const T* from, int64_t row, int64_t count, int64_t units, int64_t wide, float* to) {
+  constexpr int64_t E = sizeof(float) / sizeof(T);
   for (int64_t j = 0; j < wide; j += L)
-    for (int64_t i = 0; i < units; i += L) {
-      if (j + L <= count && i + L <= units) {
+    for (int64_t i = 0; i < units; i += E * L) {
+      if (j + L <= count && i + E * L <= units) {
         vec square[L];
 #pragma GCC unroll 16
-        for (int l = 0; l < L; l++) square[l] = load(from + (j + l) * row + i);
+        for (int l = 0; l < L; l++) memcpy(&square[l], from + (j + l) * row + i, sizeof(vec));
         exchange<L / 2>(square);
 #pragma GCC unroll 16
-        for (int l = 0; l < L; l++) store(to + (i + l) * wide + j, square[l]);
+        for (int l = 0; l < L; l++) {
+          float* rows = to + (i + E * l) * wide + j;
+          if constexpr (E == 2) {
+            store(rows, (vec)((uvec)square[l] << 16));
+            store(rows + wide, (vec)((uvec)square[l] & 0xFFFF0000));
+          } else {
+            store(rows, square[l]);
+          }
+        }
       } else {
-        for (int64_t l = i; l < std::min(i + L, units); l++)
+        for (int64_t l = i; l < std::min(i + E * L, units); l++)
           for (int64_t m = j; m < j + L; m++) to[l * wide + m] = m < count ? widen(from[m * row + l]) : 0;
       }
     }
