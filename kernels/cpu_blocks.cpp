@@ -57,8 +57,9 @@ using Word = std::conditional_t<Unit::elements == 2, float, T>;
 template <class T, class Unit>
 using Held = std::conditional_t<Unit::elements == 2, T, float>;
 
-// finish(n, c) of each panel c (rows, WIDE), columns n to n + WIDE of a wᵀ, a (rows, k). Where that many rows of a do not
-// stay in cache, all panels get the sum over a SPAN of k before the next: c has room for them
+// finish(n, r, some, c) of each tile c (some, WIDE), rows from r and columns from n on of a wᵀ, a (rows, k), some <= R.
+// Where that many rows of a do not stay in cache, all panels get the sum over a SPAN of k before the next: c has room for
+// them
 template <class T, class Unit, class Finish>
 static void panels(const Held<T, Unit>* a, int64_t rows, const Linear& w, int64_t chunk, float* panel, float* c,
                    Finish finish) {
@@ -78,18 +79,20 @@ static void panels(const Held<T, Unit>* a, int64_t rows, const Linear& w, int64_
         for (int64_t r = 0; r < rows; r += R) {
           for (int64_t j = next_rows * r / rows; j < next_rows * (r + R) / rows; j++)
             for (int64_t l = 0; l < chunk; l += 64 / sizeof *next) __builtin_prefetch(next + j * row + l, 0, 3);
-          tile_of<Unit, R, C>(std::min<int64_t>(R, rows - r), C, left + r * units + i, units, 1, panel, WIDE, some,
-                              sums + r * WIDE, WIDE, i > 0);
+          const int64_t count = std::min<int64_t>(R, rows - r);
+          tile_of<Unit, R, C>(count, C, left + r * units + i, units, 1, panel, WIDE, some, sums + r * WIDE, WIDE, i > 0);
+          if (i + some == units) finish(n, r, count, sums + r * WIDE);
         }
       }
-      if (end == units) finish(n, sums);
     }
 }
+
+static int64_t in_panels(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
 
 // of c above, the floats a row
 template <class Unit>
 static int64_t sums_of_row(const Linear& w) {
-  return w.k / Unit::elements > SPAN ? (w.n + WIDE - 1) / WIDE * WIDE : WIDE;
+  return w.k / Unit::elements > SPAN ? in_panels(w.n) : WIDE;
 }
 
 // x Φ(x), Φ right to 3e-8 before rounding; beyond 5.4 Φ is 0 or 1
@@ -132,35 +135,40 @@ static inline void store_rounded(To* p, vec x) {
   store(p, std::is_same<T, To>::value ? x : rounded<T>(x));
 }
 
-// to (rows, w.n) = act(c + bias) [+ residual (rows, w.n)], rounded to T, in columns n to n + WIDE
+// to (rows, wide) = act(c + bias) [+ residual (rows, wide)], rounded to T, in columns n to n + WIDE; bias has room for
+// them
 template <class T, class To, class Act>
-static inline void finish_panel(const Linear& w, int64_t n, const float* c, int64_t rows, const To* residual, To* to,
-                                Act act) {
-  const int64_t columns = std::min(WIDE, w.n - n);
-  float bias[WIDE] = {};
-  if (w.bias != nullptr)
-    for (int64_t j = 0; j < columns; j++) bias[j] = widen(static_cast<const T*>(w.bias)[n + j]);
+static inline void finish_tile(const float* bias, int64_t wide, int64_t n, const float* c, int64_t rows,
+                               const To* residual, To* to, Act act) {
+  const int64_t columns = std::min(WIDE, wide - n);
   for (int64_t r = 0; r < rows; r++) {
     To some[WIDE] = {};
-    To* y = columns == WIDE ? to + r * w.n + n : some;
-    const To* x = residual == nullptr ? nullptr : residual + r * w.n + n;
+    To* y = columns == WIDE ? to + r * wide + n : some;
+    const To* x = residual == nullptr ? nullptr : residual + r * wide + n;
     if (x != nullptr && y == some) x = static_cast<To*>(memcpy(some, x, columns * sizeof(To)));
     for (int64_t j = 0; j < WIDE; j += L) {
-      const vec v = act(load(c + r * WIDE + j) + load(bias + j));
+      const vec v = act(load(c + r * WIDE + j) + load(bias + n + j));
       store_rounded<T>(y + j, x == nullptr ? v : rounded<T>(v) + load(x + j));
     }
-    if (y == some) memcpy(to + r * w.n + n, some, columns * sizeof(To));
+    if (y == some) memcpy(to + r * wide + n, some, columns * sizeof(To));
   }
 }
 
 template <class T, class To>
-static void finish(const Linear& w, int activation, int64_t n, const float* c, int64_t rows, const To* residual, To* to) {
+static void finish(int activation, const float* bias, int64_t wide, int64_t n, const float* c, int64_t rows,
+                   const To* residual, To* to) {
   if (activation == GELU)
-    finish_panel<T>(w, n, c, rows, residual, to, [](vec x) { return gelu(rounded<T>(x)); });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, [](vec x) { return gelu(rounded<T>(x)); });
   else if (activation == GELU_TANH)
-    finish_panel<T>(w, n, c, rows, residual, to, [](vec x) { return gelu_tanh(rounded<T>(x)); });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, [](vec x) { return gelu_tanh(rounded<T>(x)); });
   else
-    finish_panel<T>(w, n, c, rows, residual, to, [](vec x) { return x; });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, [](vec x) { return x; });
+}
+
+// to (room): v (n), or 0
+template <class T>
+static void widen_all(const void* v, int64_t n, int64_t room, float* to) {
+  for (int64_t i = 0; i < room; i++) to[i] = v != nullptr && i < n ? widen(static_cast<const T*>(v)[i]) : 0;
 }
 
 // to = LayerNorm of x (rows, k), rounded to T. gamma, beta and row have room for k in whole vectors, gamma and beta are 0
@@ -214,17 +222,18 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch(MOST_CHUNK * WIDE + rows * sums + 3 * width + rows * (held * width + two * f.first.n));
+    Scratch scratch(MOST_CHUNK * WIDE + rows * sums + 3 * width + in_panels(f.first.n) + in_panels(last.n) + rows * (held * width + two * f.first.n));
     if (scratch.memory == nullptr) failed = 1;
     float *panel = scratch.take(MOST_CHUNK * WIDE), *c = scratch.take(rows * sums);
     float *gamma = scratch.take(width), *beta = scratch.take(width), *row = scratch.take(width);
+    float *bias = scratch.take(in_panels(f.first.n)), *second_bias = scratch.take(in_panels(last.n));
     H* left = reinterpret_cast<H*>(scratch.take(rows * held * width));
     H* hidden = reinterpret_cast<H*>(scratch.take(rows * two * f.first.n));
-    if (scratch.memory != nullptr && norm)
-      for (int64_t j = 0; j < width; j++) {
-        gamma[j] = j < k ? widen(static_cast<const T*>(f.norm_weight)[j]) : 0;
-        beta[j] = j < k ? widen(static_cast<const T*>(f.norm_bias)[j]) : 0;
-      }
+    if (scratch.memory != nullptr) {
+      if (norm) widen_all<T>(f.norm_weight, k, width, gamma), widen_all<T>(f.norm_bias, k, width, beta);
+      widen_all<T>(f.first.bias, f.first.n, in_panels(f.first.n), bias);
+      if (two) widen_all<T>(f.second.bias, last.n, in_panels(last.n), second_bias);
+    }
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < parts; part++) {
       if (scratch.memory == nullptr) continue;
@@ -236,15 +245,20 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
       else if (held)
         for (int64_t i = 0; i < count * k; i++) narrow(widen(x[i]), left + i);
       const H* a = held ? left : reinterpret_cast<const H*>(x);
-      panels<T, Unit>(a, count, f.first, chunk, panel, c, [&](int64_t n, const float* c) {
-        if (two)
-          finish<T, H>(f.first, f.activation, n, c, count, nullptr, hidden);
-        else
-          finish<T>(f.first, f.activation, n, c, count, added, y);
-      });
-      if (two)
-        panels<T, Unit>(hidden, count, f.second, chunk, panel, c,
-                        [&](int64_t n, const float* c) { finish<T>(f.second, NONE, n, c, count, added, y); });
+      const auto to_y = [&](const float* bias, int activation) {
+        return [=](int64_t n, int64_t r, int64_t some, const float* c) {
+          finish<T>(activation, bias, last.n, n, c, some, added == nullptr ? nullptr : added + r * last.n, y + r * last.n);
+        };
+      };
+      const auto to_hidden = [&](int64_t n, int64_t r, int64_t some, const float* c) {
+        finish<T, H>(f.activation, bias, f.first.n, n, c, some, nullptr, hidden + r * f.first.n);
+      };
+      if (two) {
+        panels<T, Unit>(a, count, f.first, chunk, panel, c, to_hidden);
+        panels<T, Unit>(hidden, count, f.second, chunk, panel, c, to_y(second_bias, NONE));
+      } else {
+        panels<T, Unit>(a, count, f.first, chunk, panel, c, to_y(bias, f.activation));
+      }
     }
   }
   return failed;
