@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from . import compiled, native_attention, packed
+from . import compiled, gradients, native_attention, packed
 from .launch import INTERPRET, chip_of, triton
 
 BACKENDS = ("auto", "triton", "native")
@@ -89,7 +89,8 @@ def _tuned(device):
 def explain(*tensors):
     """Say in words which implementation a call with these tensors takes, and why the other is passed over.
 
-    On a CPU also which products of matrices Linear and attention take; what was not measured yet is measured now.
+    On a CPU also which products of matrices Linear, its gradients and attention take; what was not measured yet is
+    measured now.
 
     Raises RuntimeError, as the call would, if the backend that was chosen cannot run.
     """
@@ -103,7 +104,7 @@ def explain(*tensors):
     why_not = "the backend 'native' was chosen" if _backend == "native" else why_not_triton(x.device, x.dtype)
     said = f"native; Triton is passed over because {why_not}"
     if x.device.type == "cpu" and x.dtype.is_floating_point:
-        said += f"; {packed.in_words_for(x.dtype)}; {native_attention.in_words_for(x.dtype)}"
+        said += "".join(f"; {of.in_words_for(x.dtype)}" for of in (packed, gradients, native_attention))
         if native_attention.choice(x.dtype).compiled or any(c.linear == "compiled" for c in packed.choices(x.dtype)):
             said += compiled.bf16_in_words(x.dtype)
     return said

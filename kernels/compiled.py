@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from .choice import fastest, from_environment, in_words, once, sample
 from .tuned import folder
@@ -37,6 +38,7 @@ __all__ = [
     "gelu_backward",
     "multiplies_pairs",
     "norm_backward",
+    "product",
     "takes",
     "why_no_blocks",
     "why_not",
@@ -106,6 +108,14 @@ class _Blocks(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "y", "between", "blocks")),
         *((name, ctypes.c_int64) for name in ("count", "batches", "tokens")),
         *((name, ctypes.c_int) for name in ("residual", "pairs", "threads")),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c")),
+        *((name, ctypes.c_int64) for name in ("rows", "depth", "n", "row")),
+        *((name, ctypes.c_int) for name in ("transposed", "pairs", "threads")),
     ]
 
 
@@ -258,6 +268,21 @@ def _blocks(x, blocks, residual, pairs):
     )
     _run(f"blocks_{DTYPES[x.dtype]}", problem, "what threads keep of {} x {} tokens", batches, tokens)
     return y
+
+
+def product(a, b, *, transposed=False):
+    """a b, or aᵀ b if `transposed`: a (M,K) or (K,M), b (K,N), none of them empty -> (M,N); all fp32 or all bf16."""
+    a, b = a.contiguous(), b if b.stride(1) == 1 else b.contiguous()
+    depth, rows = a.shape if transposed else reversed(a.shape)
+    pairs = _in_pairs(a)
+    if pairs and depth % 2 and not transposed:
+        a, b = F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1))
+        depth += 1
+    c = a.new_empty(rows, b.shape[1])
+    sizes = rows, depth, b.shape[1], b.stride(0)
+    problem = _Product(*map(_address, (a, b, c)), *sizes, transposed, pairs, torch.get_num_threads())
+    _run(f"product_{DTYPES[a.dtype]}", problem, "what threads keep of {} x {} x {}", *sizes[:3])
+    return c
 
 
 def gelu(z, activation):

@@ -3,7 +3,8 @@
 //     attention      y = Linear(attention(Linear(LayerNorm(x)))) [+ x]
 //     feed forward   y = Linear(GELU(Linear(LayerNorm(x)))) [+ x]
 //
-// and what they are made of, act(norm(x) wᵀ + b) and one more Linear of that. Threads share out the rows; what lies
+// and what they are made of, act(norm(x) wᵀ + b) and one more Linear of that; and a b and aᵀ b, which are the gradients of
+// a Linear's x and weight. Threads share out the rows; what lies
 // between two products stays in a thread's cache. A product reads a weight (N,K) where it lies: a chunk of K and a panel
 // of WIDE of its rows at a time are transposed into the nearest cache, and used for all rows of a thread's part, up to
 // MOST_ROWS, by tiles of R rows. So there is no copy of a weight that a change of it would make stale. Both are taken as
@@ -47,6 +48,13 @@ struct Blocks {  // x, y (batches, tokens, their last dims), between (batches * 
   int64_t count, batches, tokens;
   int residual, pairs, threads;  // pairs of bf16 are multiplied as such
 };
+
+struct Product {  // c (rows, n) = a b, or aᵀ b: a (rows, depth) or (depth, rows), b (depth, n), contiguous but for b's row
+  const void *a, *b;
+  void* c;
+  int64_t rows, depth, n, row;
+  int transposed, pairs, threads;
+};
 }
 
 enum { NONE, GELU, GELU_TANH };
@@ -57,43 +65,97 @@ using Word = std::conditional_t<Unit::elements == 2, float, T>;
 template <class T, class Unit>
 using Held = std::conditional_t<Unit::elements == 2, T, float>;
 
-// finish(n, r, some, c) of each tile c (some, WIDE), rows from r and columns from n on of a wᵀ, a (rows, k), some <= R.
-// Where that many rows of a do not stay in cache, all panels get the sum over a SPAN of k before the next: c has room for
-// them
+// to (units, wide): `count` numbers of each row from on, in Units of rows that stand beside each other, and 0: in pairs
+// also where there is no second row, rows being those there are
+template <class T, class Unit>
+static inline void lay(const T* from, int64_t row, int64_t rows, int64_t count, int64_t units, int64_t wide, float* to) {
+  for (int64_t i = 0; i < units; i++, from += Unit::elements * row, to += wide) {
+    if constexpr (Unit::elements == 2) {
+      const T* second = 2 * i + 1 < rows ? from + row : nullptr;
+      for (int64_t j = 0; j < count; j++) {
+        const uint32_t pair = from[j] | (second ? uint32_t(second[j]) << 16 : 0);
+        memcpy(to + j, &pair, sizeof pair);
+      }
+    } else {
+      for (int64_t j = 0; j < count; j++) to[j] = widen(from[j]);
+    }
+    for (int64_t j = count; j < wide; j++) to[j] = 0;
+  }
+}
+
+// The right side of a product: `fill` makes a panel of it, Units i to i + some of columns n to n + WIDE, and `fetch` has
+// rows r to r + R of `rows` parts of that brought nearer; g++ drops it unless it is inlined at once.
+template <class T, class Unit>
+struct Transposed {  // a weight's
+  const Word<T, Unit>* weight;
+  int64_t row, n;
+  explicit Transposed(const Linear& w)
+      : weight(static_cast<const Word<T, Unit>*>(w.weight)), row(w.row / Unit::elements), n(w.n) {}
+  void fill(int64_t j, int64_t i, int64_t some, float* panel) const {
+    transpose(weight + j * row + i, row, std::min(WIDE, n - j), some, WIDE, panel);
+  }
+  [[gnu::always_inline]] void fetch(int64_t j, int64_t i, int64_t some, int64_t r, int64_t rows) const {
+    const int64_t count = std::min(WIDE, n - j);
+    for (int64_t l = count * r / rows; l < count * (r + R) / rows; l++)
+      for (int64_t u = 0; u < some; u += 64 / sizeof *weight) __builtin_prefetch(weight + (j + l) * row + i + u, 0, 3);
+  }
+};
+template <class T, class Unit>
+struct AsItLies {  // (depth, n), its last stride 1
+  const T* b;
+  int64_t row, depth, n;
+  void fill(int64_t j, int64_t i, int64_t some, float* panel) const {
+    const int64_t first = i * Unit::elements;
+    lay<T, Unit>(b + first * row + j, row, depth - first, std::min(WIDE, n - j), some, WIDE, panel);
+  }
+  [[gnu::always_inline]] void fetch(int64_t j, int64_t i, int64_t some, int64_t r, int64_t rows) const {
+    if (j >= n) return;
+    const int64_t first = i * Unit::elements, count = std::min(some * Unit::elements, depth - first);
+    for (int64_t l = count * r / rows; l < count * (r + R) / rows; l++)
+      for (int64_t u = 0; u < WIDE; u += 64 / sizeof *b) __builtin_prefetch(b + (first + l) * row + j + u, 0, 3);
+  }
+};
+
+// finish(n, r, some, c) of each tile c (some, WIDE), rows from r and columns from n on of a b, some <= R. a (rows, units),
+// of which Units start to end are given here, those before being in c already: where rows of all of them do not stay in
+// cache, all panels get the sum over a SPAN of them before the next, c having room for them
+template <class Unit, class B, class Step, class Finish>
+static void span(const float* a, int64_t row_step, Step step, int64_t rows, const B& b, int64_t start, int64_t units,
+                 int64_t chunk, float* panel, float* c, Finish finish) {
+  const int64_t end = std::min(start + SPAN, units);
+  for (int64_t n = 0; n < b.n; n += WIDE) {
+    float* sums = units > SPAN ? c + n * rows : c;
+    for (int64_t i = start; i < end; i += chunk) {
+      const int64_t some = std::min(chunk, end - i);
+      b.fill(n, i, some, panel);
+      for (int64_t r = 0; r < rows; r += R) {
+        const int64_t count = std::min<int64_t>(R, rows - r);
+        if (i + some < end)
+          b.fetch(n, i + some, std::min(chunk, end - i - some), r, rows);
+        else
+          b.fetch(n + WIDE, start, std::min(chunk, end - start), r, rows);
+        tile_of<Unit, R, C>(count, C, a + r * row_step + (i - start) * step, row_step, step, panel, WIDE, some,
+                            sums + r * WIDE, WIDE, i > 0);
+        if (i + some == units) finish(n, r, count, sums + r * WIDE);
+      }
+    }
+  }
+}
+
+// the same of a wᵀ, a (rows, k)
 template <class T, class Unit, class Finish>
 static void panels(const Held<T, Unit>* a, int64_t rows, const Linear& w, int64_t chunk, float* panel, float* c,
                    Finish finish) {
-  const int64_t units = w.k / Unit::elements, row = w.row / Unit::elements;
-  const float* left = reinterpret_cast<const float*>(a);
-  const auto* weight = static_cast<const Word<T, Unit>*>(w.weight);
+  const int64_t units = w.k / Unit::elements;
+  const Transposed<T, Unit> b(w);
   for (int64_t start = 0; start < units; start += SPAN)
-    for (int64_t n = 0; n < w.n; n += WIDE) {
-      const int64_t end = std::min(start + SPAN, units);
-      float* sums = units > SPAN ? c + n * rows : c;
-      for (int64_t i = start; i < end; i += chunk) {
-        const int64_t some = std::min(chunk, end - i);
-        transpose(weight + n * row + i, row, std::min(WIDE, w.n - n), some, WIDE, panel);
-        const bool same_panel = end - i > chunk;
-        const auto* next = weight + (same_panel ? n * row + i + chunk : (n + WIDE) * row + start);
-        const int64_t next_rows = std::min(WIDE, w.n - (same_panel ? n : n + WIDE));
-        for (int64_t r = 0; r < rows; r += R) {
-          for (int64_t j = next_rows * r / rows; j < next_rows * (r + R) / rows; j++)
-            for (int64_t l = 0; l < chunk; l += 64 / sizeof *next) __builtin_prefetch(next + j * row + l, 0, 3);
-          const int64_t count = std::min<int64_t>(R, rows - r);
-          tile_of<Unit, R, C>(count, C, left + r * units + i, units, 1, panel, WIDE, some, sums + r * WIDE, WIDE, i > 0);
-          if (i + some == units) finish(n, r, count, sums + r * WIDE);
-        }
-      }
-    }
+    span<Unit>(reinterpret_cast<const float*>(a) + start, units, One(), rows, b, start, units, chunk, panel, c, finish);
 }
 
 static int64_t in_panels(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
 
 // of c above, the floats a row
-template <class Unit>
-static int64_t sums_of_row(const Linear& w) {
-  return w.k / Unit::elements > SPAN ? in_panels(w.n) : WIDE;
-}
+static int64_t sums_of_row(int64_t units, int64_t n) { return units > SPAN ? in_panels(n) : WIDE; }
 
 // x Φ(x), Φ right to 3e-8 before rounding; beyond 5.4 Φ is 0 or 1
 static inline vec gelu(vec x) {
@@ -208,17 +270,22 @@ static void layer_norm(const T* x, int64_t rows, int64_t k, const float* gamma, 
   }
 }
 
+// so many that each thread gets as many as the others, of MOST_ROWS at most
+static int64_t parts_of(int64_t rows, int64_t threads) {
+  const int64_t tiles = (rows + R - 1) / R, most = MOST_ROWS / R * threads;
+  return std::min(tiles, threads * ((tiles + most - 1) / most));
+}
+
 // y = the linears of x [+ residual]; residual, and x with a norm before it, may be y
 template <class T, class Unit>
 static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y, int64_t all_rows, int threads) {
   using H = Held<T, Unit>;
   const bool norm = f.norm_weight != nullptr, held = norm || !std::is_same<T, H>::value, two = f.second.weight != nullptr;
   const Linear& last = two ? f.second : f.first;
-  const int64_t k = f.first.k, width = (k + L - 1) / L * L, tiles = (all_rows + R - 1) / R;
-  const int64_t most = MOST_ROWS / R * threads, parts = std::min(tiles, threads * ((tiles + most - 1) / most));
+  const int64_t k = f.first.k, width = (k + L - 1) / L * L, parts = parts_of(all_rows, threads);
   const int64_t rows = (all_rows + parts - 1) / parts;  // of a part, at most
   const int64_t chunk = all_rows < FEW_ROWS ? MOST_CHUNK / 2 : MOST_CHUNK;  // fewer rows of a, too, are then near
-  const int64_t sums = std::max(sums_of_row<Unit>(f.first), sums_of_row<Unit>(last));
+  const int64_t sums = std::max(sums_of_row(k / Unit::elements, f.first.n), sums_of_row(last.k / Unit::elements, last.n));
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
   {
@@ -258,6 +325,48 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
         panels<T, Unit>(hidden, count, f.second, chunk, panel, c, to_y(second_bias, NONE));
       } else {
         panels<T, Unit>(a, count, f.first, chunk, panel, c, to_y(bias, f.activation));
+      }
+    }
+  }
+  return failed;
+}
+
+template <class T, class Unit>
+static int multiply(const Product& f) {
+  constexpr int E = Unit::elements;
+  const int64_t units = (f.depth + E - 1) / E, parts = parts_of(f.rows, f.threads), rows = (f.rows + parts - 1) / parts;
+  const bool held = f.transposed || !std::is_same<T, Held<T, Unit>>::value;
+  std::atomic<int> failed{0};
+#pragma omp parallel num_threads(f.threads)
+  {
+    const int64_t of_a = held ? rows * std::min(SPAN, units) : 0, sums = rows * sums_of_row(units, f.n);
+    Scratch scratch(MOST_CHUNK * WIDE + sums + of_a + in_panels(f.n));
+    if (scratch.memory == nullptr) failed = 1;
+    float *panel = scratch.take(MOST_CHUNK * WIDE), *c = scratch.take(sums), *left = scratch.take(of_a);
+    float* zeros = scratch.take(in_panels(f.n));
+    if (scratch.memory != nullptr) std::fill_n(zeros, in_panels(f.n), 0.0f);
+    const AsItLies<T, Unit> b{static_cast<const T*>(f.b), f.row, f.depth, f.n};
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < parts; part++) {
+      if (scratch.memory == nullptr) continue;
+      const int64_t first = f.rows * part / parts, count = f.rows * (part + 1) / parts - first;
+      const T* a = static_cast<const T*>(f.a) + first * (f.transposed ? 1 : f.depth);
+      T* y = static_cast<T*>(f.c) + first * f.n;
+      const auto finish_rows = [&](int64_t n, int64_t r, int64_t some, const float* c) {
+        finish<T, T>(NONE, zeros, f.n, n, c, some, nullptr, y + r * f.n);
+      };
+      for (int64_t start = 0; start < units; start += SPAN) {
+        const int64_t some = std::min(SPAN, units - start);
+        if (f.transposed)
+          lay<T, Unit>(a + start * E * f.rows, f.rows, f.depth - start * E, count, some, count, left);
+        else if (held)
+          for (int64_t r = 0; r < count; r++)
+            for (int64_t i = 0; i < some; i++) left[r * some + i] = widen(a[r * f.depth + start + i]);
+        const float* from = held ? left : reinterpret_cast<const float*>(a) + start;
+        if (f.transposed)
+          span<Unit>(from, 1, count, count, b, start, units, MOST_CHUNK, panel, c, finish_rows);
+        else
+          span<Unit>(from, held ? some : units, One(), count, b, start, units, MOST_CHUNK, panel, c, finish_rows);
       }
     }
   }
@@ -323,4 +432,11 @@ extern "C" int blocks_bf16(const Blocks* f) {
   if (f->pairs) return blocks<uint16_t, Pairs>(*f);
 #endif
   return blocks<uint16_t, Floats>(*f);
+}
+extern "C" int product_fp32(const Product* f) { return multiply<float, Floats>(*f); }
+extern "C" int product_bf16(const Product* f) {
+#if defined(__AVX512BF16__)
+  if (f->pairs) return multiply<uint16_t, Pairs>(*f);
+#endif
+  return multiply<uint16_t, Floats>(*f);
 }

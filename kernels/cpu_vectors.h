@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -114,9 +115,12 @@ struct Pairs {
 };
 #endif
 
+// a step that the compiler knows
+typedef std::integral_constant<int64_t, 1> One;
+
 // c (rows, ldc), of `columns` vectors, = or += Σ_i a[row * row_step + i * step] b[i] for i < n
-template <class Unit, int rows, int columns>
-static inline void tile(const float* a, int64_t row_step, int64_t step, const float* b, int64_t ldb, int64_t n,
+template <class Unit, int rows, int columns, class Step>
+static inline void tile(const float* a, int64_t row_step, Step step, const float* b, int64_t ldb, int64_t n,
                         float* c, int64_t ldc, bool add) {
   vec sums[rows][columns] = {};
   for (int64_t i = 0; i < n; i++) {
@@ -134,8 +138,8 @@ static inline void tile(const float* a, int64_t row_step, int64_t step, const fl
     }
 }
 
-template <class Unit, int rows, int columns>
-static inline void tile_of(int r, int j, const float* a, int64_t row_step, int64_t step, const float* b, int64_t ldb,
+template <class Unit, int rows, int columns, class Step>
+static inline void tile_of(int r, int j, const float* a, int64_t row_step, Step step, const float* b, int64_t ldb,
                            int64_t n, float* c, int64_t ldc, bool add) {
   if (j < columns) {
     if constexpr (columns > 1) tile_of<Unit, rows, columns - 1>(r, j, a, row_step, step, b, ldb, n, c, ldc, add);

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import compiled, packed
+from .gradients import input_grad, weight_grad
 from .launch import accumulator
 from .native_attention import (
     attention_backward,
@@ -19,7 +20,7 @@ from .native_attention import (
     images_by_products,
     qkv_attention_backward,
 )
-from .packed import GELU, is_compiled, linear, weight_grad
+from .packed import GELU, is_compiled, linear
 
 __all__ = [
     "attention_backward",
@@ -115,7 +116,7 @@ def norm_linear_backward(grad, x, norm_weight, norm_bias, weight, mean, rstd, ep
     dy = None
     if need_dx or need_norm:
         # of one column, PyTorch's product sums term by term, and errs more
-        dy = linear(grad, weight.t(), None, may_pack=False) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
+        dy = input_grad(grad, weight) if k > 1 else (grad * weight.t()).sum(1, keepdim=True)
         dy = dy.view(x.shape)
     in_bf16 = x.is_cpu and x.dtype == weight.dtype == torch.bfloat16 and k > 1 and x.numel()
     backward = _bf16_norm_backward if in_bf16 else _norm_backward
@@ -205,7 +206,7 @@ def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
     """The gradients of Linear's x (...,K), weight (N,K) and bias, given grad (...,N); None where not needed."""
     grad, x = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
     return (
-        linear(grad, weight.t(), None, may_pack=False) if need_dx else None,
+        input_grad(grad, weight) if need_dx else None,
         weight_grad(grad, x) if need_dweight else None,
         grad.sum(0) if need_dbias else None,
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from . import native, packed, reference
+from . import gradients, native, packed, reference
 from .backend import chosen_backend, takes_triton
 from .configs import splits
 from .launch import accumulator, chip_of, triton
@@ -491,13 +491,14 @@ def linear(x, weight, bias):
         return F.linear(*tensors)
     if not needs_grad(*tensors):
         return packed.linear(*tensors)
-    return _Linear.apply(*tensors) if _trains_by_onednn(x, weight) else F.linear(*tensors)
+    return _Linear.apply(*tensors) if _trains_otherwise(x, weight) else F.linear(*tensors)
 
 
-def _trains_by_onednn(x, weight):
+def _trains_otherwise(x, weight):
     if not (x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel() and weight.numel()):
         return False
-    return packed.choice(x.dtype, x.numel() // weight.shape[1], *weight.shape).linear != "pytorch"
+    forward = packed.choice(x.dtype, x.numel() // weight.shape[1], *weight.shape).linear
+    return forward != "pytorch" or gradients.choice(x.dtype, *weight.shape).way != "pytorch"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

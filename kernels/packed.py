@@ -28,7 +28,6 @@ VARIABLE = "VITRITON_CPU_LINEAR"
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 LONGEST = 768  # of K in fp32 in one product by oneDNN: see _sum_of_products
-SUMMED_ROWS = 512  # of weight_grad's inputs in one product, for the same reason
 MARGIN = 0.9  # oneDNN is passed over where PyTorch's own product takes less than this part of its time
 FEW_ROWS = 32  # with fewer, a product takes as long as reading the weight
 PACKED_ROWS = 384  # with fewer, checking a copy, which reads the weight, takes as long as the copy saves
@@ -78,6 +77,15 @@ def linear(x, weight, bias, activation=None, *, may_pack=True):
     return _activate(onednn_linear(x, w, bias, "none", (), ""), activation)
 
 
+def onednn_product(x, weight):
+    """x weightᵀ by oneDNN's Linear: x (M,K), weight (N,K), neither empty -> (M,N)."""
+    pieces = -(-weight.shape[1] // LONGEST) if x.dtype == torch.float32 else 1
+    x = x.contiguous()  # oneDNN has slow ways for other layouts
+    if pieces > 1:
+        return _sum_of_products(x, _split(weight, pieces), None)
+    return onednn_linear(x, _as_onednn_takes(weight), None, "none", (), "")
+
+
 def is_compiled(x, *linears):
     """Whether these (weight, bias) may be in a block of compiled.py, and are faster there: the first of x (...,K), not
     empty, each other of what the one before gives."""
@@ -109,20 +117,6 @@ def _sum_of_products(x, weights, bias):
         part = onednn_linear(x[..., start:stop].contiguous(), weight, bias if y is None else None, "none", (), "")
         y, start = part if y is None else y.add_(part), stop
     return y
-
-
-def weight_grad(grad, x):
-    """gradᵀ x: grad (M,N), x (M,K) -> (N,K), the gradient of Linear's weight."""
-    (m, n), k = grad.shape, x.shape[1]
-    if not (x.is_cpu and x.dtype == torch.float32 and m * n * k and choice(x.dtype, m, n, k).linear != "pytorch"):
-        return grad.t() @ x  # in half precision by oneDNN already
-    # the smaller one is transposed in memory, the other is read as it lies
-    first, second = (grad, x) if n <= k else (x, grad)
-    total = None
-    for a, b in zip(first.split(SUMMED_ROWS), second.split(SUMMED_ROWS), strict=True):
-        part = onednn_linear(a.t().contiguous(), b.contiguous().t(), None, "none", (), "")
-        total = part if total is None else total.add_(part)
-    return total if n <= k else total.t().contiguous()
 
 
 def _pytorch_linear(x, weight, bias):

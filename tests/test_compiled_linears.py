@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from parity import BF16, F32, F64, assert_parity, compiled_dtypes, layer_norm_inputs, randn
 from test_packed import CHANGES, tokens
 from test_packed import blocks as blocks_of_packed
-from vitriton.kernels import compiled, layer_norm_linear, native, packed, use_backend
+from vitriton.kernels import compiled, layer_norm_linear, native, native_attention, packed, use_backend
 from vitriton.kernels.reference import compare
 from vitriton.vit import Transformer, ViT, fuse, record_attention, unfuse
 
@@ -37,6 +37,7 @@ def use_compiled(monkeypatch, request):
     if why_not := compiled.why_no_blocks(dtype):
         pytest.skip(f"Linear cannot be compiled here: {why_not}")
     monkeypatch.setattr(packed, "forced", "compiled")
+    monkeypatch.setattr(native_attention, "forced", "compiled")
     with use_backend("native"):
         yield
 

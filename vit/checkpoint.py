@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import compiled, native_attention, packed
+from ..kernels import compiled, gradients, native_attention, packed
 from .console import Problem, require
 from .reference import ViT, vit_preset
 
@@ -173,10 +173,10 @@ def restore_training(state, model, optimizer, scheduler, scaler, processes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The ways of kernels/packed.py, native_attention.py and compiled.py on a CPU, which give other bits
+# The ways of kernels/packed.py, gradients.py, native_attention.py and compiled.py on a CPU, which give other bits
 
 
-WAYS = packed, native_attention, compiled
+WAYS = packed, gradients, native_attention, compiled
 
 
 def ways(model, dtype):
@@ -185,7 +185,11 @@ def ways(model, dtype):
     n, k = max((m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)), key=math.prod)
     chosen = native_attention.choice(dtype)
     attention = "compiled" if chosen.compiled else "products" if chosen.products else "flash"
-    found = {packed.VARIABLE: packed.choice(dtype, 192, n, k).linear, native_attention.VARIABLE: attention}
+    found = {
+        packed.VARIABLE: packed.choice(dtype, 192, n, k).linear,
+        gradients.VARIABLE: gradients.choice(dtype, n, k).way,
+        native_attention.VARIABLE: attention,
+    }
     if dtype == torch.bfloat16 and "compiled" in found.values():
         found[compiled.VARIABLE] = compiled.bf16()[0]
     return found
@@ -195,8 +199,8 @@ def same_ways(found, before):
     """The ways of the training that goes on, where none was chosen: measured again, others might be the fastest."""
     auto = {module.VARIABLE for module in WAYS if module.forced == "auto" and packed.HAS_ONEDNN}
     ways = {name: before.get(name, way) if name in auto else way for name, way in found.items()}
-    for module, why_not in ((native_attention, compiled.why_not), (packed, compiled.why_no_blocks)):
-        if ways.get(module.VARIABLE) == "compiled" and why_not(torch.float32):
+    for module in (native_attention, packed, gradients):
+        if ways.get(module.VARIABLE) == "compiled" and compiled.why_not(torch.float32):
             ways[module.VARIABLE] = found[module.VARIABLE]
     if ways.get(compiled.VARIABLE) == "pairs" and not compiled.multiplies_pairs():
         ways[compiled.VARIABLE] = "fp32"
