@@ -48,7 +48,7 @@ SOURCES = tuple(map(Path(__file__).with_name, ("cpu_attention.cpp", "cpu_blocks.
 HEADERS = tuple(map(Path(__file__).with_name, ("cpu_attention.h", "cpu_vectors.h")))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 HEADS = "attention of {} keys: each thread holds one head's in fp32"
 SUMS = "sums over rows, in fp32, of up to 512 blocks of rows"
@@ -140,11 +140,14 @@ def why_not(dtype):
     """Why compiled attention cannot run here in a dtype, in words; None if it can. The first call may compile."""
     if dtype not in DTYPES:
         return f"compiled attention does not take {dtype}"
-    return _library()[1]
+    library, why = _library()
+    if library is not None and not hasattr(library, f"blocks_{DTYPES[dtype]}"):
+        return "this processor converts no vectors of fp16"
+    return why
 
 
 def attention_forward(q, k, v, scale, with_lse):
-    """What native_attention.attention_forward says, in fp32 or bf16; no dim is 0, and last strides are 1."""
+    """What native_attention.attention_forward says, in one of DTYPES; no dim is 0, and last strides are 1."""
     (b, h, n, d), keys = q.shape, k.shape[2]
     out = q.new_empty(b, n, h, d).transpose(1, 2)
     lse = q.new_empty(b, h, n, dtype=torch.float32) if with_lse else None
@@ -156,7 +159,7 @@ def attention_forward(q, k, v, scale, with_lse):
 
 
 def attention_backward(grad, q, k, v, scale, dq, dk, dv):
-    """Write the gradients of q, k and v into dq, dk and dv: in fp32 or bf16, no dim is 0, and last strides are 1."""
+    """Write the gradients of q, k and v into dq, dk and dv: in one of DTYPES, no dim is 0, and last strides are 1."""
     (b, h, n, d), keys = q.shape, k.shape[2]
     tensors = map(_tensor, (grad, q, k, v, dq, dk, dv))
     how = scale, scale * math.log2(math.e), _in_pairs(q), torch.get_num_threads()
@@ -242,7 +245,7 @@ def block(norm, first, second=None, *, statistics=(None, None), activation=None,
 
 def blocks(x, blocks, *, residual=False):
     """These blocks of x (...,K), not empty, one after the other, each + what it takes if `residual`; (B,N,K) if one has
-    heads. All is of one dtype, fp32 or bf16; not differentiable."""
+    heads. All is of one dtype, which is in DTYPES; not differentiable."""
     return _blocks(x.contiguous(), blocks, residual, _in_pairs(x))
 
 
@@ -271,7 +274,7 @@ def _blocks(x, blocks, residual, pairs):
 
 
 def product(a, b, *, transposed=False):
-    """a b, or aᵀ b if `transposed`: a (M,K) or (K,M), b (K,N), none of them empty -> (M,N); all fp32 or all bf16."""
+    """a b, or aᵀ b if `transposed`: a (M,K) or (K,M), b (K,N), none of them empty -> (M,N); all in one of DTYPES."""
     a, b = a.contiguous(), b if b.stride(1) == 1 else b.contiguous()
     depth, rows = a.shape if transposed else reversed(a.shape)
     pairs = _in_pairs(a)
@@ -364,7 +367,7 @@ def _load():
         return None, "PyTorch's threads here are not those of g++'s OpenMP"
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
-        for name in DTYPES.values():
+        for name in ("fp32", "bf16"):
             library[f"attention_forward_{name}"], library[f"attention_backward_{name}"], library[f"blocks_{name}"]
     except subprocess.CalledProcessError as error:
         said = next(iter(error.stderr.strip().splitlines()), f"exit code {error.returncode}")

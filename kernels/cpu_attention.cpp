@@ -7,7 +7,7 @@
 // so that softmax needs no sum across a vector, and neither k nor v is transposed; and backward, after p again, with its
 // own sums,
 //     dpᵀ = v doutᵀ,  ds = p (dp - Σ p dp),  dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
-// All is in fp32; bf16 is rounded when it is stored, and so are p and ds where pairs of bf16 are multiplied: if asked for,
+// All is in fp32; bf16 and fp16 are rounded when they are stored, and so are p and ds where pairs of bf16 are multiplied: if asked for,
 // the processor has that and dim is even. Sums are made of sums over CHUNK terms, so that their rounding errors do not grow with N. The bits depend
 // neither on the number of threads nor on the other heads.
 
@@ -264,5 +264,9 @@ static int backward_bf16(const Backward& f) {
 
 extern "C" int attention_forward_fp32(const Forward* f) { return forward<float, Floats>(*f); }
 extern "C" int attention_forward_bf16(const Forward* f) { return forward_bf16(*f); }
+#if defined(HAS_FP16)
+extern "C" int attention_forward_fp16(const Forward* f) { return forward<fp16, Floats>(*f); }
+extern "C" int attention_backward_fp16(const Backward* f) { return backward<fp16, Floats>(*f); }
+#endif
 extern "C" int attention_backward_fp32(const Backward* f) { return backward<float, Floats>(*f); }
 extern "C" int attention_backward_bf16(const Backward* f) { return backward_bf16(*f); }

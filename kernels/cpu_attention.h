@@ -21,4 +21,5 @@ struct Forward {  // q, out (batches, heads, queries, dim), k, v (batches, heads
 
 int attention_forward_fp32(const Forward* f);
 int attention_forward_bf16(const Forward* f);
+int attention_forward_fp16(const Forward* f);
 }

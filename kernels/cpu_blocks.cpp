@@ -8,7 +8,7 @@
 // between two products stays in a thread's cache. A product reads a weight (N,K) where it lies: a chunk of K and a panel
 // of WIDE of its rows at a time are transposed into the nearest cache, and used for all rows of a thread's part, up to
 // MOST_ROWS, by tiles of R rows. So there is no copy of a weight that a change of it would make stale. Both are taken as
-// Units of 32 bits: one fp32, which bf16 is widened to on the way, or a pair of bf16. Sums are in fp32, and rounded where
+// Units of 32 bits: one fp32, which bf16 and fp16 are widened to on the way, or a pair of bf16. Sums are in fp32, and rounded where
 // a block would store them. The bits do not depend on the number of threads, and on the number of rows only in whether
 // these are FEW_ROWS.
 
@@ -373,6 +373,15 @@ static int multiply(const Product& f) {
   return failed;
 }
 
+template <class T>
+static int attend(const Forward* f) {
+  if constexpr (std::is_same<T, float>::value) return attention_forward_fp32(f);
+#if defined(HAS_FP16)
+  if constexpr (std::is_same<T, fp16>::value) return attention_forward_fp16(f);
+#endif
+  return attention_forward_bf16(f);
+}
+
 template <class T, class Unit>
 static int attention(const Block& block, const T* x, const T* residual, T* y, const Blocks& f) {
   const Linears &l = block.linears, first{l.norm_weight, l.norm_bias, l.first, {}, nullptr, nullptr, l.eps, NONE};
@@ -383,7 +392,7 @@ static int attention(const Block& block, const T* x, const T* residual, T* y, co
                   of_heads(out, inner), nullptr, f.batches, block.heads, f.tokens, f.tokens, dim, block.factor,
                   f.pairs, f.threads};
   return linears<T, Unit>(first, x, nullptr, qkv, rows, f.threads) ||
-         (std::is_same<T, float>::value ? attention_forward_fp32 : attention_forward_bf16)(&forward) ||
+         attend<T>(&forward) ||
          linears<T, Unit>({nullptr, nullptr, l.second, {}, nullptr, nullptr, 0, NONE}, out, residual, y, rows, f.threads);
 }
 
@@ -440,3 +449,10 @@ extern "C" int product_bf16(const Product* f) {
 #endif
   return multiply<uint16_t, Floats>(*f);
 }
+#if defined(HAS_FP16)
+extern "C" void gelu_fp16(const void* z, void* y, int64_t n, int tanh, int threads) {
+  activate(static_cast<const fp16*>(z), static_cast<fp16*>(y), n, tanh, threads);
+}
+extern "C" int blocks_fp16(const Blocks* f) { return blocks<fp16, Floats>(*f); }
+extern "C" int product_fp16(const Product* f) { return multiply<fp16, Floats>(*f); }
+#endif

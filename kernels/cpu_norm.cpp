@@ -200,6 +200,9 @@ static int gelu_backward(const GeluBackward& f) {
 }
 
 extern "C" int norm_backward_fp32_fp32(const NormBackward* f) { return norm_backward<float, float, float>(*f); }
+#if defined(HAS_FP16)
+extern "C" int norm_backward_fp16_fp16(const NormBackward* f) { return norm_backward<fp16, fp16, fp16>(*f); }
+#endif
 extern "C" int norm_backward_fp32_bf16(const NormBackward* f) { return norm_backward<float, uint16_t, float>(*f); }
 extern "C" int norm_backward_bf16_bf16(const NormBackward* f) { return norm_backward<uint16_t, uint16_t, uint16_t>(*f); }
 extern "C" int gelu_backward_fp32(const GeluBackward* f) {

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -38,6 +38,28 @@ static inline vec load(const uint16_t* p) {
   memcpy(&v, p, sizeof v);
   return (vec)(__builtin_convertvector(v, uvec) << 16);
 }
+#if defined(__F16C__)
+#define HAS_FP16
+struct fp16 {  // _Float16 is not in every g++, and 12 converts vectors of it one by one
+  uint16_t bits;
+};
+static inline vec load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+}
+static inline void store(fp16* p, vec v) {  // to the nearest, ties to even
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+static inline float widen(fp16 x) { return _cvtsh_ss(x.bits); }
+static inline void narrow(float x, fp16* to) { to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#endif
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 static inline void store(uint16_t* p, vec v) {  // to the nearest, ties to even
 #if defined(__AVX512BF16__)
@@ -206,13 +228,16 @@ static inline void exchange(vec (&rows)[L]) {
 // pairs, and these are widened: half as many exchanges
 template <class T>
 static inline void transpose(const T* from, int64_t row, int64_t count, int64_t units, int64_t wide, float* to) {
-  constexpr int64_t E = sizeof(float) / sizeof(T);
+  constexpr int64_t E = std::is_same<T, uint16_t>::value ? 2 : 1;
   for (int64_t j = 0; j < wide; j += L)
     for (int64_t i = 0; i < units; i += E * L) {
       if (j + L <= count && i + E * L <= units) {
         vec square[L];
 #pragma GCC unroll 16
-        for (int l = 0; l < L; l++) memcpy(&square[l], from + (j + l) * row + i, sizeof(vec));
+        for (int l = 0; l < L; l++) {
+          const T* p = from + (j + l) * row + i;
+          square[l] = load(reinterpret_cast<const std::conditional_t<E == 2, float, T>*>(p));
+        }
         exchange<L / 2>(square);
 #pragma GCC unroll 16
         for (int l = 0; l < L; l++) {

@@ -142,7 +142,7 @@ def _compiles_norm(x, norm_weight, norm_bias, weight):
         and x.numel() > 0
         and x.dtype in compiled.DTYPES
         and dtypes == (x.dtype,) * 3
-        and weight.dtype in (x.dtype, torch.bfloat16)
+        and (weight.dtype == x.dtype or (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16))
         and _may_compile(x.dtype)
     )
 
@@ -217,7 +217,7 @@ def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
 
 
 def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation=None, *, may_pack=True):
-    """y of layer_norm_linear_forward, all tensors being in x's dtype, fp32 or bf16."""
+    """y of layer_norm_linear_forward, all tensors being in x's dtype, fp32, bf16 or fp16."""
     k = x.shape[-1]
     if _are_compiled(x, norm_weight, norm_bias, (weight, bias)):
         norm = norm_weight, norm_bias, eps

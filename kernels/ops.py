@@ -22,7 +22,7 @@ if triton is not None:
     from .prenorm import layer_norm_linear_forward as triton_layer_norm_linear_forward
     from .prenorm_backward import layer_norm_linear_backward as triton_layer_norm_linear_backward
 
-DIRECT = (torch.float32, torch.bfloat16)  # see `direct`
+DIRECT = (torch.float32, torch.bfloat16, torch.float16)  # see `direct`
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The operators

@@ -46,9 +46,9 @@ def where(backend, request):
 # the dtypes of compiled.py, bf16 in both ways to multiply it: for tests that use the fixture `multiplied`
 compiled_dtypes = pytest.mark.parametrize(
     "dtype, multiplied",
-    [(F32, "auto"), (BF16, "pairs"), (BF16, "fp32")],
+    [(F32, "auto"), (BF16, "pairs"), (BF16, "fp32"), (F16, "auto")],
     indirect=["multiplied"],
-    ids=["fp32", "bf16", "bf16-as-fp32"],
+    ids=["fp32", "bf16", "bf16-as-fp32", "fp16"],
 )
 
 
@@ -57,6 +57,9 @@ def multiplied(request, monkeypatch):
     """How compiled.py multiplies bf16 in this test: as it is parametrised, else as is faster here."""
     how = getattr(request, "param", "auto")
     monkeypatch.setattr(compiled, "forced", how)
+    dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
+    if dtype in compiled.DTYPES and (why_not := compiled.why_not(dtype)):
+        pytest.skip(why_not)
     if how == "pairs":
         try:
             compiled.bf16()

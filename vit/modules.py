@@ -89,7 +89,7 @@ class FusedAttention(_Packs, Attention):
         if parameters is None:
             return None
         if needs_grad(x, *parameters):
-            if not parameters[4:] or min(x.shape[1:]) < 2:
+            if not parameters[4:] or min(x.shape[1:]) < 2 or dtype == torch.float16:
                 return None
             return attention_block(x, *parameters, heads=self.heads, scale=self.scale, eps=norm.eps, dtype=dtype)
         if dtype != x.dtype:
@@ -151,7 +151,7 @@ class FusedFeedForward(_Packs, FeedForward):
         if parameters is None:
             return None
         if needs_grad(x, *parameters):
-            if x.shape[-1] < 2:
+            if x.shape[-1] < 2 or dtype == torch.float16:
                 return None
             activation = self._activation()
             return feed_forward_block(x, *parameters, activation=activation, eps=norm.eps, dtype=dtype)
