@@ -2,10 +2,10 @@
 
     python benchmarks/results.py                the whole of it, half an hour on two cores
     python benchmarks/results.py ti-1-fp32      these pieces again, the rest as it was
-    python benchmarks/results.py --tables       measure nothing: pictures and tables from the JSON that is there
+    python benchmarks/results.py --tables       measure nothing: all pictures and tables from the JSON that is there
 
-Each piece is a run of `vitriton bench`, whose arguments stand below and in its JSON. A piece that was measured on
-another machine, or with other versions, is not mixed with those of today: it is named, and nothing is written.
+Each processor has a folder there. Each piece is a run of `vitriton bench`, whose arguments stand below and in its JSON.
+A piece that was measured with other versions is not mixed with those of today: it is named, and nothing is written.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 from vitriton.vit.bench import charts
-from vitriton.vit.bench.report import source
+from vitriton.vit.bench.report import environment, source
 from vitriton.vit.bench.sizes import SIZES
 from vitriton.vit.cli import main as vitriton
 from vitriton.vit.measure import quantiles
 
-FOLDER = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("plain", "sdpa", "timm", "compile", "onnxruntime", "openvino")
 GHOSTNET = "timm:ghostnet_100"
 TOKENS = "50,197,257,577,1025"
@@ -50,17 +50,33 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.pieces) - set(PIECES):
         parser.error(f"no such piece: {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
-    FOLDER.mkdir(exist_ok=True)
-    for piece in [] if args.tables else args.pieces or PIECES:
-        command = ["bench", *PIECES[piece].split(), "--plot", "", "--json", str(FOLDER / f"{piece}.json")]
+    if not args.tables:
+        measure(args.pieces or PIECES)
+    found = {folder: read(folder) for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir())}
+    for folder, runs in found.items():
+        pictures(folder, runs)
+        (folder / "README.md").write_text(text(runs), encoding="utf-8")
+        print(f"wrote {folder}/README.md")
+    (RESULTS / "README.md").write_text(index(found), encoding="utf-8")
+
+
+def measure(pieces):
+    name = environment("cpu")["cpu"].lower().replace("(r)", "").replace("(tm)", "")  # "Intel(R) Xeon(R) Processor"
+    folder = RESULTS / "-".join(word for word in name.split() if word not in ("processor", "cpu"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for piece in pieces:
+        command = ["bench", *PIECES[piece].split(), "--plot", "", "--json", str(folder / f"{piece}.json")]
         print(f"\nvitriton {' '.join(command)}", flush=True)
         if code := vitriton(command):
             sys.exit(code)
-    runs = {
-        piece: json.loads((FOLDER / f"{piece}.json").read_text(encoding="utf-8")) for piece in PIECES if there(piece)
-    }
+
+
+def read(folder):
+    """The pieces of a folder, of one machine and its versions. Exits with words where they are not."""
+    files = {piece: folder / f"{piece}.json" for piece in PIECES}
+    runs = {piece: json.loads(file.read_text(encoding="utf-8")) for piece, file in files.items() if file.exists()}
     if "cost" not in runs:
-        sys.exit("not measured yet: cost, without which there is no table")
+        sys.exit(f"not measured yet in {folder}: cost, without which there is no table")
     machines = {}
     for piece, run in runs.items():
         machines.setdefault(
@@ -68,24 +84,18 @@ def main():
         ).append(piece)
     if len(machines) > 1:
         sys.exit(f"measured on unlike machines or versions, measure again: {' | '.join(map(str, machines.values()))}")
-    pictures(runs)
     if absent := [piece for piece in PIECES if piece not in runs]:
-        print(f"not measured yet: {', '.join(absent)}")
-    (FOLDER / "README.md").write_text(text(runs), encoding="utf-8")
-    print(f"wrote {FOLDER}/README.md")
-
-
-def there(piece):
-    return (FOLDER / f"{piece}.json").exists()
+        print(f"not measured yet in {folder}: {', '.join(absent)}")
+    return runs
 
 
 def records_of(runs, *beginnings):
     return [r for piece, run in runs.items() if piece.startswith(beginnings) for r in run["records"]]
 
 
-def pictures(runs):
+def pictures(folder, runs):
     """Draw those for which there are figures; the others are taken away, as they are of an earlier run."""
-    for picture in FOLDER.glob("*.png"):
+    for picture in folder.glob("*.png"):
         picture.unlink()
     machine = runs["cost"]["machine"]
     timed = [r for r in records_of(runs, *MODELS, "train") if r["status"] == "timed" and r["rival"] != GHOSTNET]
@@ -94,17 +104,30 @@ def pictures(runs):
         ("training", [r for r in timed if r["what"] != "forward"]),
     ):
         if found:
-            charts.models(FOLDER / f"{name}.png", found, machine)
+            charts.models(folder / f"{name}.png", found, machine)
     functions = records_of(runs, "functions")
     roof = {"products": {}}
     for ceilings in (runs[piece]["ceilings"] for piece in runs if piece.startswith("functions")):
         roof |= {name: max(ceilings[name], roof.get(name, 0)) for name in ("copy", "cached copy")}
         roof["products"] |= ceilings["products"]
-    charts.draw_all(FOLDER, functions, machine, roof)
+    charts.draw_all(folder, functions, machine, roof)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
+
+
+def index(found):
+    """What there is, a paragraph a folder."""
+    parts = ["# Results on CPUs", "Written by `python benchmarks/results.py`: a folder for each processor."]
+    for folder, runs in found.items():
+        machine, inference = runs["cost"]["machine"], records_of(runs, *MODELS)
+        old = any(run["machine"].get("source") != source() for run in runs.values())
+        parts.append(
+            f"**[{machine['device']}]({folder.name}/README.md)**, {runs['cost']['machine']['date']}"
+            f"{', with earlier sources of vitriton' if old else ''}. {summary(inference) if inference else ''}"
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 def text(runs):

@@ -193,10 +193,10 @@ def _bf16(threads, forced):
         return "fp32", "this processor has no products of pairs"
     if forced != "auto":
         return forced, f"{VARIABLE} is {forced!r}"
-    x, weight = sample(96, 256).bfloat16(), sample(512, 256).bfloat16()
+    x, weight = sample(192, 768).bfloat16(), sample(768, 768).bfloat16()
     made = [block(None, (weight, None))]
     seconds = fastest(pairs=lambda: _blocks(x, made, False, True), fp32=lambda: _blocks(x, made, False, False))
-    return min(seconds, key=seconds.get), f"it is the faster one (96 x 256 x 512: {in_words(seconds)})"
+    return min(seconds, key=seconds.get), f"it is the faster one (192 x 768 x 768: {in_words(seconds)})"
 
 
 def multiplies_pairs():
