@@ -316,7 +316,7 @@ def test_how_bf16_is_multiplied_is_measured_and_told(fresh, monkeypatch, seconds
     monkeypatch.setattr(compiled, "multiplies_pairs", lambda: True)
     monkeypatch.setattr(compiled, "fastest", lambda **calls: dict(zip(calls, seconds, strict=True)))
     monkeypatch.setattr(native_attention, "forced", "compiled")
-    said = f"compiled products of bf16 as {faster}: it is the faster one (192 x 768 x 768: pairs "
+    said = f"compiled products of bf16 as {faster}: it is the faster one (96 x 768 x 768: pairs "
     assert said in explain(randn(1, dtype=BF16)) and "of bf16" not in explain(randn(1))
 
 
