@@ -14,6 +14,7 @@ import math
 import sys
 from pathlib import Path
 
+import torch
 from vitriton.vit.bench import charts
 from vitriton.vit.bench.report import environment, source
 from vitriton.vit.bench.sizes import SIZES
@@ -61,8 +62,9 @@ def main():
 
 
 def measure(pieces):
-    name = environment("cpu")["cpu"].lower().replace("(r)", "").replace("(tm)", "")  # "Intel(R) Xeon(R) Processor"
-    folder = RESULTS / "-".join(word for word in name.split() if word not in ("processor", "cpu"))
+    name = environment(torch.device("cpu"))["cpu"].split(",")[0]  # such as "Intel(R) Xeon(R) Processor, 2 threads"
+    words = name.lower().replace("(r)", "").replace("(tm)", "").split()
+    folder = RESULTS / "-".join(word for word in words if word not in ("processor", "cpu"))
     folder.mkdir(parents=True, exist_ok=True)
     for piece in pieces:
         command = ["bench", *PIECES[piece].split(), "--plot", "", "--json", str(folder / f"{piece}.json")]
