@@ -81,13 +81,20 @@ def _forward(ctx, between, dtype, eps, how, *inputs):
         if dtype != x.dtype:
             parameters = [p if p is None else p.to(dtype) for p in parameters]
         weight, bias, out_weight, out_bias = parameters
-        if dtype == x.dtype:
+        whole = None
+        if between is _gelu and dtype == x.dtype:
+            whole = native.feed_forward_training(*inputs, activation=how, eps=eps)
+        if whole:
+            y, z, hidden = whole
+            kept = (z,)
+        elif dtype == x.dtype:
             z = native.layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, may_pack=False)
         else:
             normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0].to(dtype)
             z = linear(normed, weight, bias, may_pack=False)
-        hidden, kept = between(z, how, out_weight, out_bias)
-        y = linear(hidden, out_weight, out_bias, may_pack=False)
+        if not whole:
+            hidden, kept = between(z, how, out_weight, out_bias)
+            y = linear(hidden, out_weight, out_bias, may_pack=False)
     cast = (weight, out_weight) if dtype != x.dtype else ()
     ctx.save_for_backward(*inputs, hidden, *cast, *kept)
     ctx.dtype, ctx.eps, ctx.how = dtype, eps, how

@@ -28,6 +28,7 @@ from .tuned import folder
 
 __all__ = [
     "DTYPES",
+    "PANEL",
     "attention_backward",
     "attention_forward",
     "bf16",
@@ -53,6 +54,7 @@ ACTIVATIONS = (None, "gelu", "gelu_tanh")
 HEADS = "attention of {} keys: each thread holds one head's in fp32"
 SUMS = "sums over rows, in fp32, of up to 512 blocks of rows"
 SECONDS = 120  # for the compiler
+PANEL = 64  # columns of a Linear's output, or fewer on lesser processors
 
 VARIABLE = "VITRITON_CPU_BF16"
 forced = from_environment(VARIABLE, ("auto", "pairs", "fp32"))
@@ -95,7 +97,7 @@ class _Block(ctypes.Structure):  # its first members are the Linears of the sour
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")),
         *((name, _Linear) for name in ("first", "second")),
-        *((name, ctypes.c_void_p) for name in ("mean", "rstd")),
+        *((name, ctypes.c_void_p) for name in ("mean", "rstd", "z", "hidden")),
         ("eps", ctypes.c_float),
         ("activation", ctypes.c_int),
         ("heads", ctypes.c_int64),
@@ -222,11 +224,14 @@ def takes(dtype, k, weight, bias):
     )
 
 
-def block(norm, first, second=None, *, statistics=(None, None), activation=None, heads=0, scale=0.0):
+def block(
+    norm, first, second=None, *, statistics=(None, None), hidden=(None, None), activation=None, heads=0, scale=0.0
+):
     """For `blocks`: Linear(act(Linear(LayerNorm(x)))), or attention where GELU stands if there are heads.
 
     norm: (its weight (K,), its bias (K,), eps), or None for the identity; first, second: (weight, bias or None), which
-    `takes` holds for; no second is the identity. `statistics`: mean and rstd of x's rows, to be written, in fp32.
+    `takes` holds for; no second is the identity. To be written: `statistics`, mean and rstd of x's rows, in fp32, and
+    `hidden`, what stands before and behind act between two Linears, if that is in whole panels of PANEL.
     """
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     made = _Block(
@@ -234,13 +239,13 @@ def block(norm, first, second=None, *, statistics=(None, None), activation=None,
         _address(norm_bias),
         _linear(*first),
         _linear(*second) if second else _NOTHING,
-        *map(_address, statistics),
+        *map(_address, (*statistics, *hidden)),
         eps,
         ACTIVATIONS.index(activation),
         heads,
         scale * math.log2(math.e),
     )
-    made.tensors = norm, first, second, statistics  # whose addresses it has
+    made.tensors = norm, first, second, statistics, hidden  # whose addresses it has
     return made
 
 

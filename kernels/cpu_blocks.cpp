@@ -31,6 +31,7 @@ struct Linears {  // norm_weight, norm_bias (first.k) or null; second may be wit
   const void *norm_weight, *norm_bias;
   Linear first, second;
   float *mean, *rstd;  // of the norm's rows (rows), or null
+  void *z, *hidden;    // (rows, first.n), in whole panels, what stands before and behind the activation, or null
   float eps;
   int activation;
 };
@@ -198,10 +199,10 @@ static inline void store_rounded(To* p, vec x) {
 }
 
 // to (rows, wide) = act(c + bias) [+ residual (rows, wide)], rounded to T, in columns n to n + WIDE; bias has room for
-// them
+// them. z and copy (rows, wide), or null, take c + bias, and to once more
 template <class T, class To, class Act>
 static inline void finish_tile(const float* bias, int64_t wide, int64_t n, const float* c, int64_t rows,
-                               const To* residual, To* to, Act act) {
+                               const To* residual, To* to, T* z, T* copy, Act act) {
   const int64_t columns = std::min(WIDE, wide - n);
   for (int64_t r = 0; r < rows; r++) {
     To some[WIDE] = {};
@@ -209,7 +210,9 @@ static inline void finish_tile(const float* bias, int64_t wide, int64_t n, const
     const To* x = residual == nullptr ? nullptr : residual + r * wide + n;
     if (x != nullptr && y == some) x = static_cast<To*>(memcpy(some, x, columns * sizeof(To)));
     for (int64_t j = 0; j < WIDE; j += L) {
-      const vec v = act(load(c + r * WIDE + j) + load(bias + n + j));
+      const vec before = load(c + r * WIDE + j) + load(bias + n + j), v = act(before);
+      if (z != nullptr) store(z + r * wide + n + j, before);
+      if (copy != nullptr) store(copy + r * wide + n + j, v);
       store_rounded<T>(y + j, x == nullptr ? v : rounded<T>(v) + load(x + j));
     }
     if (y == some) memcpy(to + r * wide + n, some, columns * sizeof(To));
@@ -218,13 +221,13 @@ static inline void finish_tile(const float* bias, int64_t wide, int64_t n, const
 
 template <class T, class To>
 static void finish(int activation, const float* bias, int64_t wide, int64_t n, const float* c, int64_t rows,
-                   const To* residual, To* to) {
+                   const To* residual, To* to, T* z = nullptr, T* copy = nullptr) {
   if (activation == GELU)
-    finish_tile<T>(bias, wide, n, c, rows, residual, to, [](vec x) { return gelu(rounded<T>(x)); });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, z, copy, [](vec x) { return gelu(rounded<T>(x)); });
   else if (activation == GELU_TANH)
-    finish_tile<T>(bias, wide, n, c, rows, residual, to, [](vec x) { return gelu_tanh(rounded<T>(x)); });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, z, copy, [](vec x) { return gelu_tanh(rounded<T>(x)); });
   else
-    finish_tile<T>(bias, wide, n, c, rows, residual, to, [](vec x) { return x; });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, z, copy, [](vec x) { return x; });
 }
 
 // to (room): v (n), or 0
@@ -317,8 +320,12 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
           finish<T>(activation, bias, last.n, n, c, some, added == nullptr ? nullptr : added + r * last.n, y + r * last.n);
         };
       };
+      T* z = f.z == nullptr ? nullptr : static_cast<T*>(f.z) + start * f.first.n;
+      T* copy = f.hidden == nullptr ? nullptr : static_cast<T*>(f.hidden) + start * f.first.n;
       const auto to_hidden = [&](int64_t n, int64_t r, int64_t some, const float* c) {
-        finish<T, H>(f.activation, bias, f.first.n, n, c, some, nullptr, hidden + r * f.first.n);
+        const int64_t at = r * f.first.n;
+        finish<T, H>(f.activation, bias, f.first.n, n, c, some, nullptr, hidden + at, z ? z + at : z,
+                     copy ? copy + at : copy);
       };
       if (two) {
         panels<T, Unit>(a, count, f.first, chunk, panel, c, to_hidden);
@@ -384,7 +391,7 @@ static int attend(const Forward* f) {
 
 template <class T, class Unit>
 static int attention(const Block& block, const T* x, const T* residual, T* y, const Blocks& f) {
-  const Linears &l = block.linears, first{l.norm_weight, l.norm_bias, l.first, {}, nullptr, nullptr, l.eps, NONE};
+  const Linears &l = block.linears, first{l.norm_weight, l.norm_bias, l.first, {}, nullptr, nullptr, nullptr, nullptr, l.eps, NONE};
   const int64_t rows = f.batches * f.tokens, wide = l.first.n, inner = wide / 3, dim = inner / block.heads;
   T *qkv = static_cast<T*>(f.between), *out = qkv + rows * wide;
   const auto of_heads = [&](T* t, int64_t width) { return Tensor{t, f.tokens * width, dim, width}; };
@@ -393,7 +400,7 @@ static int attention(const Block& block, const T* x, const T* residual, T* y, co
                   f.pairs, f.threads};
   return linears<T, Unit>(first, x, nullptr, qkv, rows, f.threads) ||
          attend<T>(&forward) ||
-         linears<T, Unit>({nullptr, nullptr, l.second, {}, nullptr, nullptr, 0, NONE}, out, residual, y, rows, f.threads);
+         linears<T, Unit>({nullptr, nullptr, l.second, {}, nullptr, nullptr, nullptr, nullptr, 0, NONE}, out, residual, y, rows, f.threads);
 }
 
 template <class T, class Unit>

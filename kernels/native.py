@@ -27,6 +27,7 @@ __all__ = [
     "attention_forward",
     "compiled_attention",
     "compiled_feed_forward",
+    "feed_forward_training",
     "gelu_training",
     "gelu_training_backward",
     "heads_apart",
@@ -258,6 +259,16 @@ def qkv_attention_inference(qkv, heads, scale):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For blocks in training: see blocks.py. N is 2 at least.
+
+
+def feed_forward_training(x, norm_weight, norm_bias, weight, bias, out_weight, out_bias, *, activation, eps):
+    """Linear(act(z)), z = Linear(LayerNorm(x)), and z and act(z), from one call; None where there is none."""
+    first, second = (weight, bias), (out_weight, out_bias)
+    if weight.shape[0] % compiled.PANEL or not _are_compiled(x, norm_weight, norm_bias, first, second):
+        return None
+    hidden = [x.new_empty(*x.shape[:-1], weight.shape[0]) for _ in range(2)]
+    block = compiled.block((norm_weight, norm_bias, eps), first, second, hidden=hidden, activation=activation)
+    return compiled.blocks(x, [block]), *hidden
 
 
 def gelu_training(z, activation, weight, bias):
