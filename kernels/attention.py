@@ -69,9 +69,23 @@ def _zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.
 @triton.jit
 def _dot_parts(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """a bᵀ, summed over both parts of the head dim."""
-    c = tl.dot(a0, tl.trans(b0), out_dtype=ACC, input_precision=PRECISION)
+    b0, b1 = _trans_parts(b0, b1, D1)
+    return _dot_trans(a0, a1, b0, b1, D1, ACC, PRECISION)
+
+
+@triton.jit
+def _trans_parts(x0, x1, D1: tl.constexpr):
     if D1 > 0:
-        c = tl.dot(a1, tl.trans(b1), c, out_dtype=ACC, input_precision=PRECISION)
+        x1 = tl.trans(x1)
+    return tl.trans(x0), x1
+
+
+@triton.jit
+def _dot_trans(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a b, where the two parts of b are transposed already."""
+    c = tl.dot(a0, b0, out_dtype=ACC, input_precision=PRECISION)
+    if D1 > 0:
+        c = tl.dot(a1, b1, c, out_dtype=ACC, input_precision=PRECISION)
     return c
 
 
@@ -103,16 +117,25 @@ def _values(k_ptr, v_ptr, V_OFFSET: tl.constexpr):
 
 
 @triton.jit
+def _load_queries(
+    q_ptr, rows, row_end, stride_qn, stride_qd, MASK: tl.constexpr, NEGATE: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    q0, q1 = _load_parts(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, D, D0, D1, ALIGN, OFFSET)
+    if NEGATE:  # a negative scale would turn the maximum into a minimum
+        q0 = -q0
+        q1 = -q1
+    return q0, q1
+
+
+@triton.jit
 def _fwd_start(
     q_ptr, rows, row_end, stride_qn, stride_qd,
     MASK: tl.constexpr, SUMS: tl.constexpr, NEGATE: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The queries of a tile, and before any key their output, maximum (of s log2 e) (M,) and sums (M, SUMS)."""
-    q0, q1 = _load_parts(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, D, D0, D1, ALIGN, OFFSET)
-    if NEGATE:  # a negative scale would turn the maximum into a minimum
-        q0 = -q0
-        q1 = -q1
+    q0, q1 = _load_queries(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, NEGATE, D, D0, D1, ALIGN, OFFSET)
     acc0, acc1 = _zero_parts(rows.shape[0], D0, D1, ACC)
     row_max = tl.full((rows.shape[0],), LOWEST, ACC)
     row_sum = tl.zeros((rows.shape[0], SUMS), ACC)
@@ -243,6 +266,157 @@ def _fwd_queries(
     )  # fmt: skip
 
 
+# Short sequences: all keys at once, in up to three tiles a, b and c, whose shared memory every tile of queries reads
+
+
+@triton.jit
+def _short_load(
+    x_ptr, stride_n, stride_d, end, START: tl.constexpr, ROWS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of k or v from START on, as two parts; if there are none, 0.0."""
+    x0, x1 = 0.0, 0.0
+    if ROWS > 0:
+        x_ptr += row_offset(START, stride_n, ALIGN)
+        x0, x1 = _load_parts(
+            x_ptr, tl.arange(0, ROWS), end - START, stride_n, stride_d, MASK, D, D0, D1, ALIGN, OFFSET
+        )  # fmt: skip
+    return x0, x1
+
+
+@triton.jit
+def _short_trans(x0, x1, ROWS: tl.constexpr, D1: tl.constexpr):
+    if ROWS > 0:
+        x0, x1 = _trans_parts(x0, x1, D1)
+    return x0, x1
+
+
+@triton.jit
+def _key_mask(KEYS: tl.constexpr, key_end, ACC: tl.constexpr):
+    """What is added to the scores of KEYS keys: 0, or -inf from key_end on."""
+    return tl.where(tl.arange(0, KEYS) < key_end, 0.0, -float("inf")).to(ACC)
+
+
+@triton.jit
+def _columns(x, SUMS: tl.constexpr):
+    """(M, N) -> (M, N / SUMS, SUMS): a reduction along the second is each thread's own, without shuffles."""
+    return tl.reshape(x, (x.shape[0], x.shape[1] // SUMS, SUMS))
+
+
+@triton.jit
+def _short_tile(
+    q0, q1, ka0, ka1, kb0, kb1, kc0, kc1, va0, va1, vb0, vb1, vc0, vc1, key_end, scale_log2e,
+    KEYS_B: tl.constexpr, KEYS_C: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries with all keys, of which k is transposed: output, maximum (of s log2 e) and sums (M, 8)."""
+    a = _dot_trans(q0, q1, ka0, ka1, D1, ACC, PRECISION)  # (M, KEYS_A)
+    row_max = tl.max(_columns(a, 8), 1)
+    if KEYS_B > 0:
+        b = _dot_trans(q0, q1, kb0, kb1, D1, ACC, PRECISION)
+        row_max = tl.maximum(row_max, tl.max(_columns(b, 8), 1))
+    if KEYS_C > 0:
+        c = _dot_trans(q0, q1, kc0, kc1, D1, ACC, PRECISION) + _key_mask(KEYS_C, key_end, ACC)[None, :]
+        row_max = tl.maximum(row_max, tl.max(_columns(c, 8), 1))
+    row_max = tl.maximum(tl.max(row_max, 1) * scale_log2e, LOWEST)
+    acc0, acc1 = _zero_parts(q0.shape[0], D0, D1, ACC)
+    p = _exp2(a, scale_log2e, row_max[:, None])
+    row_sum = tl.sum(_columns(p, 8), 1)
+    acc0, acc1 = _add_dot(acc0, acc1, p, va0, va1, D1, ACC, PRECISION)
+    if KEYS_B > 0:
+        p = _exp2(b, scale_log2e, row_max[:, None])
+        row_sum += tl.sum(_columns(p, 8), 1)
+        acc0, acc1 = _add_dot(acc0, acc1, p, vb0, vb1, D1, ACC, PRECISION)
+    if KEYS_C > 0:
+        p = _exp2(c, scale_log2e, row_max[:, None])
+        row_sum += tl.sum(_columns(p, 8), 1)
+        acc0, acc1 = _add_dot(acc0, acc1, p, vc0, vc1, D1, ACC, PRECISION)
+    return acc0, acc1, row_max, row_sum
+
+
+@triton.jit
+def _short_rest(
+    q, ka, kb, kc, va, vb, vc, key_end, scale_log2e,
+    KEYS_B: tl.constexpr, KEYS_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A few queries with all keys: output, maximum and sums (M, 1). Scores and output are made transposed, as tensor
+    cores take a few columns, but no fewer than 64 rows. The head dim has one part, k is not transposed."""
+    q = tl.trans(q)
+    a = tl.dot(ka, q, out_dtype=ACC, input_precision=PRECISION)  # (KEYS_A, M)
+    row_max = tl.max(a, 0)
+    if KEYS_B > 0:
+        b = tl.dot(kb, q, out_dtype=ACC, input_precision=PRECISION)
+        row_max = tl.maximum(row_max, tl.max(b, 0))
+    if KEYS_C > 0:
+        c = tl.dot(kc, q, out_dtype=ACC, input_precision=PRECISION) + _key_mask(KEYS_C, key_end, ACC)[:, None]
+        row_max = tl.maximum(row_max, tl.max(c, 0))
+    row_max = tl.maximum(row_max * scale_log2e, LOWEST)
+    p = _exp2(a, scale_log2e, row_max[None, :])
+    row_sum = tl.sum(p, 0)
+    acc = tl.dot(tl.trans(va), p.to(va.dtype), out_dtype=ACC, input_precision=PRECISION)  # (D0, M)
+    if KEYS_B > 0:
+        p = _exp2(b, scale_log2e, row_max[None, :])
+        row_sum += tl.sum(p, 0)
+        acc = tl.dot(tl.trans(vb), p.to(vb.dtype), acc, out_dtype=ACC, input_precision=PRECISION)
+    if KEYS_C > 0:
+        p = _exp2(c, scale_log2e, row_max[None, :])
+        row_sum += tl.sum(p, 0)
+        acc = tl.dot(tl.trans(vc), p.to(vc.dtype), acc, out_dtype=ACC, input_precision=PRECISION)
+    return tl.trans(acc), row_max, row_sum[:, None]
+
+
+@triton.jit
+def _fwd_short(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ, NK, scale_log2e,
+    stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
+    M: tl.constexpr, TILES: tl.constexpr, LAST_M: tl.constexpr,
+    KEYS_A: tl.constexpr, KEYS_B: tl.constexpr, KEYS_C: tl.constexpr,
+    NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Up to TILES tiles of M of NQ queries from q_ptr, with all keys. What is left of them is in a tile with a mask if
+    LAST_M is M, otherwise in one of LAST_M."""
+    C: tl.constexpr = KEYS_A + KEYS_B
+    ka0, ka1 = _short_load(k_ptr, stride_kn, stride_kd, NK, 0, KEYS_A, False, D, D0, D1, ALIGN, OFFSET)
+    kb0, kb1 = _short_load(k_ptr, stride_kn, stride_kd, NK, KEYS_A, KEYS_B, False, D, D0, D1, ALIGN, OFFSET)
+    kc0, kc1 = _short_load(k_ptr, stride_kn, stride_kd, NK, C, KEYS_C, True, D, D0, D1, ALIGN, OFFSET)
+    va0, va1 = _short_load(v_ptr, stride_vn, stride_vd, NK, 0, KEYS_A, False, D, D0, D1, ALIGN, OFFSET)
+    vb0, vb1 = _short_load(v_ptr, stride_vn, stride_vd, NK, KEYS_A, KEYS_B, False, D, D0, D1, ALIGN, OFFSET)
+    vc0, vc1 = _short_load(v_ptr, stride_vn, stride_vd, NK, C, KEYS_C, True, D, D0, D1, ALIGN, OFFSET)
+    # here, not in the loop: or k would stay in registers, and go to shared memory for each tile of queries again
+    ta0, ta1 = _short_trans(ka0, ka1, KEYS_A, D1)
+    tb0, tb1 = _short_trans(kb0, kb1, KEYS_B, D1)
+    tc0, tc1 = _short_trans(kc0, kc1, KEYS_C, D1)
+    MASK: tl.constexpr = LAST_M == M
+    rows = tl.arange(0, M)
+    for _ in range(0, tl.minimum((NQ + (M - 1 if MASK else 0)) // M, TILES)):
+        q0, q1 = _load_queries(q_ptr, rows, NQ, stride_qn, stride_qd, MASK, NEGATE, D, D0, D1, ALIGN, OFFSET)
+        acc0, acc1, row_max, row_sum = _short_tile(
+            q0, q1, ta0, ta1, tb0, tb1, tc0, tc1, va0, va1, vb0, vb1, vc0, vc1, NK - C, scale_log2e,
+            KEYS_B, KEYS_C, D0, D1, ACC, PRECISION,
+        )  # fmt: skip
+        _fwd_finish(
+            out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rows, NQ, stride_on, stride_od,
+            MASK, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
+        )  # fmt: skip
+        q_ptr += tl.cast(M, OFFSET) * stride_qn
+        out_ptr += tl.cast(M, OFFSET) * stride_on
+        lse_ptr += M
+        NQ -= M
+    if LAST_M > 0 and not MASK:
+        if NQ <= LAST_M:  # in the last program; before it, there are whole tiles left
+            rest = tl.arange(0, LAST_M)
+            q0, q1 = _load_queries(q_ptr, rest, NQ, stride_qn, stride_qd, True, NEGATE, D, D0, D1, ALIGN, OFFSET)
+            acc0, row_max, row_sum = _short_rest(
+                q0, ka0, kb0, kc0, va0, vb0, vc0, NK - C, scale_log2e, KEYS_B, KEYS_C, ACC, PRECISION
+            )
+            _fwd_finish(
+                out_ptr, lse_ptr, acc0, 0.0, row_max, row_sum, rest, NQ, stride_on, stride_od,
+                True, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
+            )  # fmt: skip
+
+
 @triton.jit
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
@@ -252,21 +426,30 @@ def _attention_fwd_kernel(
     stride_ob, stride_oh, stride_on: tl.constexpr, stride_od: tl.constexpr,
     H, NQ, NK, scale_log2e,
     BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr, V_OFFSET: tl.constexpr,
-    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr, TILES: tl.constexpr, NEXT_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK_M rows of out and lse of one head. If LAST_M, the last of a head makes all that are left:
-    up to LAST_M, or if SIDE_M, all of LAST_M and up to SIDE_M more."""
+    up to LAST_M, or if SIDE_M, all of LAST_M and up to SIDE_M more.
+
+    If TILES, it makes that many times as many, with all keys at once, in tiles of BLOCK_N, NEXT_N and TAIL_N."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    row_start = tl.program_id(1) * BLOCK_M
+    row_start = tl.program_id(1) * (BLOCK_M * TILES if TILES > 0 else BLOCK_M)
     q_ptr += _head_offset(b, h, stride_qb, stride_qh, ALIGN) + row_offset(row_start, stride_qn, ALIGN)
     k_ptr += _head_offset(b, h, stride_kb, stride_kh, ALIGN)
     v_ptr = _values(k_ptr, v_ptr + _head_offset(b, h, stride_vb, stride_vh, ALIGN), V_OFFSET)
     out_ptr += _head_offset(b, h, stride_ob, stride_oh, ALIGN) + row_offset(row_start, stride_on, ALIGN)
     lse_ptr += (b * H + h) * NQ + row_start
-    if LAST_M == 0 or tl.program_id(1) + 1 < tl.num_programs(1):
+    if TILES > 0:
+        _fwd_short(
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
+            stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
+            BLOCK_M, TILES, LAST_M, BLOCK_N, NEXT_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+        )  # fmt: skip
+    elif LAST_M == 0 or tl.program_id(1) + 1 < tl.num_programs(1):
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
@@ -322,14 +505,18 @@ def attention_forward(q, k, v, scale):
     lse = q.new_empty(b, h, nq, dtype=accumulator(q.dtype))
     chip = chip_of(q.device)
     align = layout(q, k, v, out)["ALIGN"]
-    tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq, align)
+    short = configs.short_tiles(chip, q.dtype, d, nq, nk, align)
+    if short:
+        tiles, programs, last_m, cut = short
+    else:
+        tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq, align)
+        cut = {"SIDE_M": side_m, "BLOCK_N": tiles.BLOCK_N, "TAIL_N": tail(nk, tiles.BLOCK_N), "TILES": 0, "NEXT_N": 0}
     keys, v_offset = keys_and_values(k, v)
     launch(
         _attention_fwd_kernel, (b, programs, h),
         q, keys, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk,
         max(abs(scale), SMALLEST_SCALE) * LOG2E,
-        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SIDE_M=side_m, V_OFFSET=v_offset,
-        BLOCK_N=tiles.BLOCK_N, LOOP_N=nk >= tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
+        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, V_OFFSET=v_offset, LOOP_N=nk >= cut["BLOCK_N"], **cut,
         NEGATE=scale < 0, FAST=q.dtype.itemsize == 2 and chip.startswith("sm_"),  # CUDA's approximations
         LSE_UNIT=lse_unit(q.dtype, nk),
         **_common(q, d, tiles.BLOCK_M, q, k, v, out), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
