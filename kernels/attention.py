@@ -335,34 +335,49 @@ def _short_tile(
 
 
 @triton.jit
+def _add_dot_trans(acc0, acc1, p, v0, v1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + vᵀ p, for both parts of v's head dim."""
+    p = p.to(v0.dtype)
+    if D1 > 0:
+        acc1 = tl.dot(tl.trans(v1), p, acc1, out_dtype=ACC, input_precision=PRECISION)
+    acc0 = tl.dot(tl.trans(v0), p, acc0, out_dtype=ACC, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
 def _short_rest(
-    q, ka, kb, kc, va, vb, vc, key_end, scale_log2e,
-    KEYS_B: tl.constexpr, KEYS_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    q0, q1, ka0, ka1, kb0, kb1, kc0, kc1, va0, va1, vb0, vb1, vc0, vc1, key_end, scale_log2e,
+    KEYS_B: tl.constexpr, KEYS_C: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A few queries with all keys: output, maximum and sums (M, 1). Scores and output are made transposed, as tensor
-    cores take a few columns, but no fewer than 64 rows. The head dim has one part, k is not transposed."""
-    q = tl.trans(q)
-    a = tl.dot(ka, q, out_dtype=ACC, input_precision=PRECISION)  # (KEYS_A, M)
+    cores take a few columns, but no fewer than 64 rows."""
+    M: tl.constexpr = q0.shape[0]
+    q0, q1 = _trans_parts(q0, q1, D1)
+    a = _dot_trans(ka0, ka1, q0, q1, D1, ACC, PRECISION)  # (KEYS_A, M)
     row_max = tl.max(a, 0)
     if KEYS_B > 0:
-        b = tl.dot(kb, q, out_dtype=ACC, input_precision=PRECISION)
+        b = _dot_trans(kb0, kb1, q0, q1, D1, ACC, PRECISION)
         row_max = tl.maximum(row_max, tl.max(b, 0))
     if KEYS_C > 0:
-        c = tl.dot(kc, q, out_dtype=ACC, input_precision=PRECISION) + _key_mask(KEYS_C, key_end, ACC)[:, None]
+        c = _dot_trans(kc0, kc1, q0, q1, D1, ACC, PRECISION) + _key_mask(KEYS_C, key_end, ACC)[:, None]
         row_max = tl.maximum(row_max, tl.max(c, 0))
     row_max = tl.maximum(row_max * scale_log2e, LOWEST)
+    acc0 = tl.zeros((D0, M), ACC)
+    acc1 = tl.zeros((D1, M), ACC) if D1 > 0 else 0.0
     p = _exp2(a, scale_log2e, row_max[None, :])
     row_sum = tl.sum(p, 0)
-    acc = tl.dot(tl.trans(va), p.to(va.dtype), out_dtype=ACC, input_precision=PRECISION)  # (D0, M)
+    acc0, acc1 = _add_dot_trans(acc0, acc1, p, va0, va1, D1, ACC, PRECISION)
     if KEYS_B > 0:
         p = _exp2(b, scale_log2e, row_max[None, :])
         row_sum += tl.sum(p, 0)
-        acc = tl.dot(tl.trans(vb), p.to(vb.dtype), acc, out_dtype=ACC, input_precision=PRECISION)
+        acc0, acc1 = _add_dot_trans(acc0, acc1, p, vb0, vb1, D1, ACC, PRECISION)
     if KEYS_C > 0:
         p = _exp2(c, scale_log2e, row_max[None, :])
         row_sum += tl.sum(p, 0)
-        acc = tl.dot(tl.trans(vc), p.to(vc.dtype), acc, out_dtype=ACC, input_precision=PRECISION)
-    return tl.trans(acc), row_max, row_sum[:, None]
+        acc0, acc1 = _add_dot_trans(acc0, acc1, p, vc0, vc1, D1, ACC, PRECISION)
+    acc0, acc1 = _trans_parts(acc0, acc1, D1)
+    return acc0, acc1, row_max, row_sum[:, None]
 
 
 @triton.jit
@@ -390,7 +405,8 @@ def _fwd_short(
     tc0, tc1 = _short_trans(kc0, kc1, KEYS_C, D1)
     MASK: tl.constexpr = LAST_M == M
     rows = tl.arange(0, M)
-    for _ in range(0, tl.minimum((NQ + (M - 1 if MASK else 0)) // M, TILES)):
+    # in two parts there is so much that does not change in the loop that it spills, if it is kept in registers
+    for _ in tl.range(0, tl.minimum((NQ + (M - 1 if MASK else 0)) // M, TILES), disable_licm=D1 > 0):
         q0, q1 = _load_queries(q_ptr, rows, NQ, stride_qn, stride_qd, MASK, NEGATE, D, D0, D1, ALIGN, OFFSET)
         acc0, acc1, row_max, row_sum = _short_tile(
             q0, q1, ta0, ta1, tb0, tb1, tc0, tc1, va0, va1, vb0, vb1, vc0, vc1, NK - C, scale_log2e,
@@ -408,11 +424,12 @@ def _fwd_short(
         if NQ <= LAST_M:  # in the last program; before it, there are whole tiles left
             rest = tl.arange(0, LAST_M)
             q0, q1 = _load_queries(q_ptr, rest, NQ, stride_qn, stride_qd, True, NEGATE, D, D0, D1, ALIGN, OFFSET)
-            acc0, row_max, row_sum = _short_rest(
-                q0, ka0, kb0, kc0, va0, vb0, vc0, NK - C, scale_log2e, KEYS_B, KEYS_C, ACC, PRECISION
-            )
+            acc0, acc1, row_max, row_sum = _short_rest(
+                q0, q1, ka0, ka1, kb0, kb1, kc0, kc1, va0, va1, vb0, vb1, vc0, vc1, NK - C, scale_log2e,
+                KEYS_B, KEYS_C, D0, D1, ACC, PRECISION,
+            )  # fmt: skip
             _fwd_finish(
-                out_ptr, lse_ptr, acc0, 0.0, row_max, row_sum, rest, NQ, stride_on, stride_od,
+                out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rest, NQ, stride_on, stride_od,
                 True, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
             )  # fmt: skip
 

@@ -66,7 +66,10 @@ TABLE = (
     Row("attention_fwd", _AMD, "any", 256, Tiles(16, 16, 8, 1), "what fits into 64 KB of shared memory"),
     Row("attention_fwd", _GEFORCE, "any", 256, Tiles(32, 32, 8, 1), "what fits into 99 KB of shared memory"),
     Row("attention_fwd", "any", "any", 256, Tiles(32, 32, 8, 2), "the same"),
-    Row("attention_fwd_short", "interpreter sm_90", "half", 96, Tiles(64, 256, 4, 2), "see `short_tiles`"),
+    Row("attention_fwd_short", "interpreter sm_90", "half", 32, Tiles(64, 256, 4, 2), "see `short_tiles`"),
+    Row("attention_fwd_short", "interpreter sm_90", "half", 48, Tiles(64, 128, 4, 2), "256 keys spill, in two parts"),
+    Row("attention_fwd_short", "interpreter sm_90", "half", 64, Tiles(64, 256, 4, 2), "see `short_tiles`"),
+    Row("attention_fwd_short", "interpreter sm_90", "half", 96, Tiles(64, 128, 4, 2), "256 keys spill, in two parts"),
     Row("attention_fwd_unaligned", "gfx1100", "half", 128, Tiles(64, 16, 4, 2), "32 keys spill"),
     Row("attention_fwd_unaligned", _MMA_SYNC, "half", 64, Tiles(128, 32, 4, 2), "64 keys spill"),
     Row("attention_fwd_unaligned", _MMA_SYNC, "half", 128, Tiles(128, 32, 8, 2), "4 warps spill"),
@@ -238,21 +241,27 @@ def _padded(n, block):
 
 def short_tiles(chip, dtype, head_dim, nq, nk, align):
     """How the forward kernel cuts nq queries and nk keys where it takes all keys at once -> (Tiles, programs a head,
-    its LAST_M, its SIDE_M, BLOCK_N, NEXT_N, TAIL_N and TILES by name). None where it walks over tiles of keys.
+    its LAST_M, its SIDE_M, BLOCK_N, NEXT_N, TAIL_N and TILES by name). None where it walks over tiles of keys:
 
+    - where there is no row: with mma.sync 64 queries would read shared memory twice as often as 128, and it binds;
+    - below 64 keys, which are one tile anyway, and beyond 272: registers hold the scores of no more;
+    - beyond 208 for head dims 33 to 48, which spill, and from 81 on, whose keys would leave room for one program only.
+
+    Keys are cut into two powers of two, BLOCK_N being the most, and a tail. A program makes two tiles of queries, so
+    that it reads the keys as often as one with a tile of 128. Up to 8 queries left over cost less in a tile of their
+    own than 64 do, if the head dim fills the 64 rows of HGMMA, whose columns they are.
     """
     chosen = _find("attention_fwd_short", chip, dtype, head_dim)
-    if chosen is None or align == 1 or not 64 <= nk <= 272:
+    most = 208 if 32 < head_dim <= 48 or head_dim > 80 else 272
+    if chosen is None or align == 1 or not 64 <= nk <= most:
         return None
     chosen = tiles("attention_fwd_short", chip, dtype, head_dim)
     block_n = min(chosen.BLOCK_N, next_power_of_2(nk + 1) // 2)
     left = nk - block_n
-    next_n = next_power_of_2(left + 1) // 2
-    if next_n < 16:
-        next_n = 0
-    cut = {"SIDE_M": 0, "BLOCK_N": block_n, "NEXT_N": next_n, "TAIL_N": tail(left - next_n, 512), "TILES": 2}
+    next_n = min(block_n, next_power_of_2(left + 1) // 2) if left >= 16 else 0
+    cut = {"SIDE_M": 0, "BLOCK_N": block_n, "NEXT_N": next_n, "TAIL_N": tail(left - next_n, 256), "TILES": 2}
     whole, left = divmod(nq, chosen.BLOCK_M)
-    if 0 < left <= 8 and head_dim_parts(head_dim, 64) == (64, 0):
+    if 0 < left <= 8 and head_dim_parts(head_dim, 64)[0] == 64:
         return chosen, max(1, cdiv(whole, 2)), 8, cut
     return chosen, cdiv(whole + (left > 0), 2), chosen.BLOCK_M if left else 0, cut
 

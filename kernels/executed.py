@@ -70,8 +70,8 @@ def _of_all_keys_at_once(record, n):
     if abs(loop.macs / (c["BLOCK_M"] * products) - 1) > TOLERANCE:
         return Executed(None, f"the loop multiplies {loop.macs / (c['BLOCK_M'] * products):.3g} times what a tile needs")
     rest = c["LAST_M"] if c["LAST_M"] < c["BLOCK_M"] else 0
-    # all warps make the products of the queries left over with the last keys
-    if not rest * products <= loop.around_macs <= 1.5 * rest * products:
+    # warps repeat products of the queries left over that have too few rows: with the last keys, and of second parts
+    if not rest * products <= loop.around_macs <= 2 * rest * products:
         return Executed(None, f"{loop.around_macs:g} multiply-adds around the loop, not {rest * products:g}")
     tiles = n // c["BLOCK_M"] + (c["LAST_M"] == c["BLOCK_M"])
     programs = max(1, -(-tiles // c["TILES"]))
