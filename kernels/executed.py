@@ -1,10 +1,10 @@
 """Instructions that attention's forward pass executes per (query, key) pair that is needed, everything counted.
 
 A head's programs are those with whole tiles of queries and at most one with the queries left over, which may be
-narrower, or wider by a tile beside it (all keys at once: see there). Each of its warps executes what stands around its loop (prologue, the tail of
-the keys, epilogue: `Loop.around`, the longest way) and the loop once for each whole tile of keys. The sum over warps
-and programs is divided by N² pairs: rows and columns of padding, work that warps repeat and predicated-off instructions
-are paid for, and nothing is assumed about caches.
+narrower, or wider by a tile beside it; where all keys are taken at once, the loop is over tiles of queries. Each warp
+executes what stands around its loop (prologue, the tail of the keys, epilogue: `Loop.around`, the longest way) and the
+loop once for each whole tile of keys. The sum over warps and programs is divided by N² pairs: rows and columns of
+padding, work that warps repeat and predicated-off instructions are paid for, and nothing is assumed about caches.
 
 How often the loop runs is not taken on trust: multiply-adds around the loop and in it must add up to those of the
 tiles. A compiler that moves an iteration out of the loop (AMD's pipeliner does) shows in them and is allowed for;
@@ -68,7 +68,7 @@ def _of_all_keys_at_once(record, n):
     keys = c["BLOCK_N"] + c["NEXT_N"] + c["TAIL_N"]
     products = keys * (c["D0"] + c["D1"]) * 2 / c["num_warps"]  # of a query
     if abs(loop.macs / (c["BLOCK_M"] * products) - 1) > TOLERANCE:
-        return Executed(None, f"the loop multiplies {loop.macs / (c['BLOCK_M'] * products):.3g} times what a tile needs")
+        return Executed(None, f"the loop multiplies {loop.macs / (c['BLOCK_M'] * products):.3g} times a tile's needs")
     rest = c["LAST_M"] if c["LAST_M"] < c["BLOCK_M"] else 0
     # warps repeat products of the queries left over that have too few rows: with the last keys, and of second parts
     if not rest * products <= loop.around_macs <= 2 * rest * products:
