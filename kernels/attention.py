@@ -81,7 +81,7 @@ def _fwd_tile(
 def _fwd_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ, NK, scale_log2e,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-    M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr, V_OFFSET: tl.constexpr,
+    M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr, SUMS: tl.constexpr, V_OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
@@ -91,12 +91,12 @@ def _fwd_queries(
     rows = tl.arange(0, M)
     # Rows of a tile of 16 are shared by warps: 16 sums a row let two of them keep their own.
     q0, q1, acc0, acc1, row_max, row_sum = _fwd_start(
-        q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, 16 if M == 16 else 8, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
+        q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, 16 if M == 16 else SUMS, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
     )
     if SIDE_M > 0:
         side = M + tl.arange(0, SIDE_M)
         side_q0, side_q1, side_acc0, side_acc1, side_max, side_sum = _fwd_start(
-            q_ptr, side, NQ, stride_qn, stride_qd, True, 8, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
+            q_ptr, side, NQ, stride_qn, stride_qd, True, SUMS, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
         )
     if TAIL_N > 0:  # first, while there is nothing to rescale
         key_end = NK % BLOCK_N
@@ -155,7 +155,7 @@ def _attention_fwd_kernel(
     stride_vb, stride_vh, stride_vn: tl.constexpr, stride_vd: tl.constexpr,
     stride_ob, stride_oh, stride_on: tl.constexpr, stride_od: tl.constexpr,
     H, NQ, NK, scale_log2e,
-    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr, V_OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr, SUMS: tl.constexpr, V_OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr, TILES: tl.constexpr, NEXT_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
@@ -183,14 +183,14 @@ def _attention_fwd_kernel(
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            BLOCK_M, False, 0, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            BLOCK_M, False, 0, SUMS, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
             D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
     else:
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            LAST_M, SIDE_M == 0, SIDE_M, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            LAST_M, SIDE_M == 0, SIDE_M, SUMS, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
             D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
 
@@ -246,7 +246,8 @@ def attention_forward(q, k, v, scale):
         _attention_fwd_kernel, (b, programs, h),
         q, keys, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk,
         max(abs(scale), SMALLEST_SCALE) * LOG2E,
-        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, V_OFFSET=v_offset, LOOP_N=nk >= cut["BLOCK_N"], **cut,
+        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SUMS=configs.sums_of_a_row(chip), V_OFFSET=v_offset,
+        LOOP_N=nk >= cut["BLOCK_N"], **cut,
         NEGATE=scale < 0, FAST=q.dtype.itemsize == 2 and chip.startswith("sm_"),  # CUDA's approximations
         LSE_UNIT=lse_unit(q.dtype, nk),
         **_common(q, d, tiles.BLOCK_M, q, k, v, out), num_warps=tiles.num_warps, num_stages=tiles.num_stages,

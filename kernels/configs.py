@@ -5,7 +5,7 @@ Counts and spills are those of kernels compiled ahead of time by aot.py; nothing
 
 from dataclasses import dataclass, replace
 
-from .launch import Chip, cdiv, next_power_of_2, tail
+from .launch import BEFORE_3_7, Chip, cdiv, next_power_of_2, tail
 
 
 @dataclass(frozen=True)
@@ -237,6 +237,12 @@ def query_tiles(chip, dtype, head_dim, n, align=8):
 
 def _padded(n, block):
     return n - n % block + tail(n, block)
+
+
+def sums_of_a_row(chip):
+    """How many sums the forward kernel keeps of each row of a tile: so many that each is of one thread's columns. On
+    gfx1100 that would be 16; but they take 32 registers more, and only Triton before 3.7 has no layout for 8 there."""
+    return 16 if chip == "gfx1100" and BEFORE_3_7 else 8
 
 
 def short_tiles(chip, dtype, head_dim, nq, nk, align):
