@@ -29,6 +29,7 @@ from .attention_tiles import (
     _key_mask,
     _load_parts,
     _load_queries,
+    _scale_parts,
     _values,
     _zero_parts,
 )
@@ -43,11 +44,12 @@ SMALLEST_SCALE = 1e-30  # instead of 0, which times the score -inf of a key that
 def _fwd_start(
     q_ptr, rows, row_end, stride_qn, stride_qd,
     MASK: tl.constexpr, SUMS: tl.constexpr, NEGATE: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The queries of a tile, and before any key their output, maximum (of s log2 e) (M,) and sums (M, SUMS)."""
     q0, q1 = _load_queries(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, NEGATE, D, D0, D1, ALIGN, OFFSET)
-    acc0, acc1 = _zero_parts(rows.shape[0], D0, D1, ACC)
+    acc0, acc1 = _zero_parts(rows.shape[0], D0, DV, ACC)
     row_max = tl.full((rows.shape[0],), LOWEST, ACC)
     row_sum = tl.zeros((rows.shape[0], SUMS), ACC)
     return q0, q1, acc0, acc1, row_max, row_sum
@@ -56,7 +58,8 @@ def _fwd_start(
 @triton.jit
 def _fwd_tile(
     q0, q1, k0, k1, v0, v1, acc0, acc1, row_max, row_sum, key_end, scale_log2e,
-    MASK: tl.constexpr, FIRST: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, FIRST: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries with one of keys: output, running maximum and sums of each query; if FIRST, not yet set."""
     s = _dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION)  # (M, KEYS)
@@ -70,10 +73,8 @@ def _fwd_tile(
     else:
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha[:, None] + p_sum
-        acc0 = acc0 * alpha[:, None]
-        if D1 > 0:
-            acc1 = acc1 * alpha[:, None]
-    acc0, acc1 = _add_dot(acc0, acc1, p, v0, v1, D1, ACC, PRECISION)
+        acc0, acc1 = _scale_parts(acc0, acc1, alpha, DV)
+    acc0, acc1 = _add_dot(acc0, acc1, p, v0, v1, DV, ACC, PRECISION)
     return acc0, acc1, new_max, row_sum
 
 
@@ -84,19 +85,33 @@ def _fwd_queries(
     M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr, SUMS: tl.constexpr, V_OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first M of NQ queries from q_ptr, with all keys; beside them, in a tile of SIDE_M, those that follow."""
     rows = tl.arange(0, M)
     # Rows of a tile of 16 are shared by warps: 16 sums a row let two of them keep their own.
     q0, q1, acc0, acc1, row_max, row_sum = _fwd_start(
-        q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, 16 if M == 16 else SUMS, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
+        q_ptr,
+        rows,
+        NQ,
+        stride_qn,
+        stride_qd,
+        MASK_M,
+        16 if M == 16 else SUMS,
+        NEGATE,
+        D,
+        D0,
+        D1,
+        DV,
+        ALIGN,
+        OFFSET,
+        ACC,
     )
     if SIDE_M > 0:
         side = M + tl.arange(0, SIDE_M)
         side_q0, side_q1, side_acc0, side_acc1, side_max, side_sum = _fwd_start(
-            q_ptr, side, NQ, stride_qn, stride_qd, True, SUMS, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
+            q_ptr, side, NQ, stride_qn, stride_qd, True, SUMS, NEGATE, D, D0, D1, DV, ALIGN, OFFSET, ACC
         )
     if TAIL_N > 0:  # first, while there is nothing to rescale
         key_end = NK % BLOCK_N
@@ -107,16 +122,16 @@ def _fwd_queries(
             tail_k_ptr, keys, key_end, stride_kn, stride_kd, True, D, D0, D1, ALIGN, OFFSET
         )  # fmt: skip
         tail_v0, tail_v1 = _load_parts(
-            tail_v_ptr, keys, key_end, stride_vn, stride_vd, True, D, D0, D1, ALIGN, OFFSET
+            tail_v_ptr, keys, key_end, stride_vn, stride_vd, True, D, D0, DV, ALIGN, OFFSET
         )  # fmt: skip
         if SIDE_M > 0:
             side_acc0, side_acc1, side_max, side_sum = _fwd_tile(
                 side_q0, side_q1, tail_k0, tail_k1, tail_v0, tail_v1, side_acc0, side_acc1, side_max, side_sum,
-                key_end, scale_log2e, True, True, D1, ACC, PRECISION,
+                key_end, scale_log2e, True, True, D1, DV, ACC, PRECISION,
             )  # fmt: skip
         acc0, acc1, row_max, row_sum = _fwd_tile(
             q0, q1, tail_k0, tail_k1, tail_v0, tail_v1, acc0, acc1, row_max, row_sum,
-            key_end, scale_log2e, True, True, D1, ACC, PRECISION,
+            key_end, scale_log2e, True, True, D1, DV, ACC, PRECISION,
         )  # fmt: skip
     if LOOP_N:
         tl.assume(NK >= BLOCK_N)  # or the loop is guarded, and the sums are set to 0 on both ways
@@ -124,26 +139,26 @@ def _fwd_queries(
             v_ptr = _values(k_ptr, v_ptr, V_OFFSET)
             keys_n = tl.arange(0, BLOCK_N)
             k0, k1 = _load_parts(k_ptr, keys_n, BLOCK_N, stride_kn, stride_kd, False, D, D0, D1, ALIGN, OFFSET)
-            v0, v1 = _load_parts(v_ptr, keys_n, BLOCK_N, stride_vn, stride_vd, False, D, D0, D1, ALIGN, OFFSET)
+            v0, v1 = _load_parts(v_ptr, keys_n, BLOCK_N, stride_vn, stride_vd, False, D, D0, DV, ALIGN, OFFSET)
             if SIDE_M > 0:
                 side_acc0, side_acc1, side_max, side_sum = _fwd_tile(
                     side_q0, side_q1, k0, k1, v0, v1, side_acc0, side_acc1, side_max, side_sum,
-                    BLOCK_N, scale_log2e, False, False, D1, ACC, PRECISION,
+                    BLOCK_N, scale_log2e, False, False, D1, DV, ACC, PRECISION,
                 )  # fmt: skip
             acc0, acc1, row_max, row_sum = _fwd_tile(
                 q0, q1, k0, k1, v0, v1, acc0, acc1, row_max, row_sum,
-                BLOCK_N, scale_log2e, False, False, D1, ACC, PRECISION,
+                BLOCK_N, scale_log2e, False, False, D1, DV, ACC, PRECISION,
             )  # fmt: skip
             k_ptr += tl.cast(BLOCK_N, OFFSET) * stride_kn
             v_ptr += tl.cast(BLOCK_N, OFFSET) * stride_vn
     if SIDE_M > 0:
         _fwd_finish(
             out_ptr, lse_ptr, side_acc0, side_acc1, side_max, side_sum, side, NQ, stride_on, stride_od,
-            True, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
+            True, FAST, LSE_UNIT, D, D0, DV, ALIGN, OFFSET,
         )  # fmt: skip
     _fwd_finish(
         out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rows, NQ, stride_on, stride_od,
-        MASK_M, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
+        MASK_M, FAST, LSE_UNIT, D, D0, DV, ALIGN, OFFSET,
     )  # fmt: skip
 
 
@@ -158,7 +173,7 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr, SUMS: tl.constexpr, V_OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr, TILES: tl.constexpr, NEXT_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK_M rows of out and lse of one head. If LAST_M, the last of a head makes all that are left:
@@ -184,14 +199,14 @@ def _attention_fwd_kernel(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
             BLOCK_M, False, 0, SUMS, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
-            D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+            D, D0, D1, DV, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
     else:
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
             LAST_M, SIDE_M == 0, SIDE_M, SUMS, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
-            D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+            D, D0, D1, DV, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
 
 
@@ -242,14 +257,16 @@ def attention_forward(q, k, v, scale):
         tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq, align)
         cut = {"SIDE_M": side_m, "BLOCK_N": tiles.BLOCK_N, "TAIL_N": tail(nk, tiles.BLOCK_N), "TILES": 0, "NEXT_N": 0}
     keys, v_offset = keys_and_values(k, v)
+    common = _common(q, d, tiles.BLOCK_M, q, k, v, out)
+    dv = 24 if not short and configs.three_parts(chip, q.dtype, d, align) else common["D1"]
     launch(
         _attention_fwd_kernel, (b, programs, h),
         q, keys, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk,
         max(abs(scale), SMALLEST_SCALE) * LOG2E,
         BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SUMS=configs.sums_of_a_row(chip), V_OFFSET=v_offset,
-        LOOP_N=nk >= cut["BLOCK_N"], **cut,
+        LOOP_N=nk >= cut["BLOCK_N"], **cut, DV=dv,
         NEGATE=scale < 0, FAST=q.dtype.itemsize == 2 and chip.startswith("sm_"),  # CUDA's approximations
         LSE_UNIT=lse_unit(q.dtype, nk),
-        **_common(q, d, tiles.BLOCK_M, q, k, v, out), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **common, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse

@@ -1,7 +1,8 @@
 """What attention's kernels share: tiles of q, k, v, out and their gradients, in two parts of the head dim; softmax.
 
 Head dims are cut into two powers of two, D0 + D1: 80 costs 64 + 16, not 128. The second part of a tile is 0.0 where D1
-is 0. Names of dims: M queries, KEYS keys.
+is 0. Where D1 is 24, it is a pair itself, of 16 and 8 columns: only of v and out, whose columns tensor cores take by
+eights, while they sum over those of q and k by sixteens. Names of dims: M queries, KEYS keys.
 """
 
 import triton
@@ -23,7 +24,13 @@ def _load_parts(
     """x[rows, :] as two parts, (ROWS, D0) and (ROWS, D1), with 0 from row_end on (if MASK) and from D on."""
     cols = tl.arange(0, D0)
     x0 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET, GROUP)
-    if D1 > 0:
+    if D1 == 24:
+        cols = D0 + tl.arange(0, 16)
+        a = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + 16, ALIGN, OFFSET, GROUP)
+        cols = D0 + 16 + tl.arange(0, 8)
+        b = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET, GROUP)
+        x1 = (a, b)
+    elif D1 > 0:
         cols = D0 + tl.arange(0, D1)
         x1 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET, GROUP)
     else:
@@ -38,7 +45,12 @@ def _store_parts(
 ):  # fmt: skip
     cols = tl.arange(0, D0)
     store_tile(x_ptr, x0, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET, GROUP)
-    if D1 > 0:
+    if D1 == 24:
+        cols = D0 + tl.arange(0, 16)
+        store_tile(x_ptr, x1[0], rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + 16, ALIGN, OFFSET, GROUP)
+        cols = D0 + 16 + tl.arange(0, 8)
+        store_tile(x_ptr, x1[1], rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET, GROUP)
+    elif D1 > 0:
         cols = D0 + tl.arange(0, D1)
         store_tile(x_ptr, x1, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET, GROUP)
 
@@ -46,7 +58,9 @@ def _store_parts(
 @triton.jit
 def _zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr):
     x0 = tl.zeros((ROWS, D0), ACC)
-    if D1 > 0:
+    if D1 == 24:
+        x1 = (tl.zeros((ROWS, 16), ACC), tl.zeros((ROWS, 8), ACC))
+    elif D1 > 0:
         x1 = tl.zeros((ROWS, D1), ACC)
     else:
         x1 = 0.0
@@ -80,10 +94,23 @@ def _dot_trans(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: t
 def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b, for both parts of b's head dim."""
     a = a.to(b0.dtype)
-    if D1 > 0:  # first: the last product decides which warps share rows, and a wide one lets fewer repeat work
+    if D1 == 24:
+        c = tl.dot(a, b1[1], acc1[1], out_dtype=ACC, input_precision=PRECISION)
+        acc1 = (tl.dot(a, b1[0], acc1[0], out_dtype=ACC, input_precision=PRECISION), c)
+    elif D1 > 0:  # first: the last product decides which warps share rows, and a wide one lets fewer repeat work
         acc1 = tl.dot(a, b1, acc1, out_dtype=ACC, input_precision=PRECISION)
     acc0 = tl.dot(a, b0, acc0, out_dtype=ACC, input_precision=PRECISION)
     return acc0, acc1
+
+
+@triton.jit
+def _scale_parts(x0, x1, factor, D1: tl.constexpr):
+    """x times a factor for each row."""
+    if D1 == 24:
+        x1 = (x1[0] * factor[:, None], x1[1] * factor[:, None])
+    elif D1 > 0:
+        x1 = x1 * factor[:, None]
+    return x0 * factor[:, None], x1
 
 
 @triton.jit
@@ -142,10 +169,8 @@ def _fwd_finish(
     else:
         share = 1.0 / row_sum
         lse = row_max + tl.log2(row_sum * LSE_UNIT)
-    _store_parts(
-        out_ptr, acc0 * share[:, None], acc1 * share[:, None] if D1 > 0 else acc1, rows, row_end, stride_on, stride_od,
-        MASK, D, D0, D1, ALIGN, OFFSET,
-    )  # fmt: skip
+    acc0, acc1 = _scale_parts(acc0, acc1, share, D1)
+    _store_parts(out_ptr, acc0, acc1, rows, row_end, stride_on, stride_od, MASK, D, D0, D1, ALIGN, OFFSET)
     if MASK:
         tl.store(lse_ptr + rows, lse, mask=rows < row_end)
     else:

@@ -45,7 +45,7 @@ def executed_per_pair(record, n):
     for (rows, programs), loop in zip(variants, loops, strict=True):
         if loop.around is None:
             return Executed(None, "the ways around a loop cannot be followed")
-        pairs = rows * (c["D0"] + c["D1"]) * 2 / c["num_warps"]
+        pairs = rows * (2 * c["D0"] + c["D1"] + c["DV"]) / c["num_warps"]
         if peeled is None:  # the first has the largest tile, of which no warp repeats work
             per_trip = loop.macs / (pairs * block_n)
             if abs(per_trip - 1) > TOLERANCE:
@@ -66,7 +66,7 @@ def _of_all_keys_at_once(record, n):
         return Executed(None, f"{len(loops)} loops with products instead of one whose surroundings can be followed")
     (loop,) = loops
     keys = c["BLOCK_N"] + c["NEXT_N"] + c["TAIL_N"]
-    products = keys * (c["D0"] + c["D1"]) * 2 / c["num_warps"]  # of a query
+    products = keys * (2 * c["D0"] + c["D1"] + c["DV"]) / c["num_warps"]  # of a query
     if abs(loop.macs / (c["BLOCK_M"] * products) - 1) > TOLERANCE:
         return Executed(None, f"the loop multiplies {loop.macs / (c['BLOCK_M'] * products):.3g} times a tile's needs")
     rest = c["LAST_M"] if c["LAST_M"] < c["BLOCK_M"] else 0

@@ -77,15 +77,27 @@ FORWARD = (
     ),
     Bug(
         "output not rescaled", "attention.py", within="def _fwd_tile(",
-        text="acc0 = acc0 * alpha[:, None]", instead="acc0 = acc0 * 1.0",
+        text="acc0, acc1 = _scale_parts(acc0, acc1, alpha, DV)", instead="acc0, acc1 = acc0, acc1",
         why="keys before a larger maximum keep too much weight",
         killed_by="test_attention.py::test_attention", quick=True,
     ),
     Bug(
-        "second part of the output not rescaled", "attention.py", within="def _fwd_tile(",
-        text="acc1 = acc1 * alpha[:, None]", instead="acc1 = acc1 * 1.0",
+        "second part of the output not rescaled", "attention_tiles.py", within="def _scale_parts(",
+        text="    elif D1 > 0:\n        x1 = x1 * factor[:, None]\n", instead="",
         why="only head dims of two parts, such as 72 and 80, would be wrong, and only in their last columns",
         killed_by="test_attention.py::test_attention",
+    ),
+    Bug(
+        "third part of the output not rescaled", "attention_tiles.py", within="def _scale_parts(",
+        text="x1[1] * factor[:, None])", instead="x1[1])",
+        why="only the last columns of head dims 81 to 88 would be wrong",
+        killed_by="test_attention.py::test_values_in_three_parts",
+    ),
+    Bug(
+        "third part of the output elsewhere", "attention_tiles.py", within="def _store_parts(",
+        text="cols = D0 + 16 + tl.arange(0, 8)", instead="cols = D0 + 8 + tl.arange(0, 8)",
+        why="the last columns would keep what was in memory",
+        killed_by="test_attention.py::test_values_in_three_parts",
     ),
     Bug(
         "sum not rescaled", "attention.py", within="def _fwd_tile(",
@@ -150,7 +162,7 @@ FORWARD = (
     ),
     Bug(
         "output stored beyond its last row", "attention_tiles.py", within="def _fwd_finish(",
-        text="        MASK, D, D0, D1, ALIGN, OFFSET,\n", instead="        False, D, D0, D1, ALIGN, OFFSET,\n",
+        text="stride_on, stride_od, MASK, D, D0", instead="stride_on, stride_od, False, D, D0",
         why="the queries that fill up a tail would overwrite the next image",
         killed_by="test_attention.py::test_attention",
     ),

@@ -117,6 +117,13 @@ def test_all_keys_at_once(device, launch_log, nq, nk, d):
         assert launch_log[0].grid == (1, programs, 2)
 
 
+@pytest.mark.parametrize("nq, nk, d", [(5, 300, 88), (70, 210, 84), (33, 20, 88)])
+def test_values_in_three_parts(device, nq, nk, d):
+    """64 + 16 + 8 columns, in half precision; aligned, and more keys than are taken at once, or fewer."""
+    with use_backend("triton"):
+        assert_parity(attention, attention_inputs(1, 2, nq, nk, d, dtype=torch.float16, device=device))
+
+
 @pytest.mark.parametrize("d", [9, 16, 24, 32, 88, 96, 127, 160, 192, 255, 256])
 @implementations()
 def test_other_head_dims(where, dtype, d):
