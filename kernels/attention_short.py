@@ -75,6 +75,9 @@ def _short_tile(
     if KEYS_C > 0:
         p = _exp2(c, scale_log2e, row_max[:, None])
         row_sum += tl.sum(_columns(p, 8), 1)
+        if KEYS_C == 8:  # tensor cores sum over no fewer than 16
+            p = tl.join(p.to(vc0.dtype), tl.zeros((p.shape[0], 8), vc0.dtype))
+            p = tl.reshape(tl.permute(p, (0, 2, 1)), (p.shape[0], 16))
         acc0, acc1 = _add_dot(acc0, acc1, p, vc0, vc1, D1, ACC, PRECISION)
     return acc0, acc1, row_max, row_sum
 
@@ -138,12 +141,13 @@ def _fwd_short(
     """Up to TILES tiles of M of NQ queries from q_ptr, with all keys. What is left of them is in a tile with a mask if
     LAST_M is M, otherwise in one of LAST_M."""
     C: tl.constexpr = KEYS_A + KEYS_B
+    ROWS_C: tl.constexpr = 16 if KEYS_C == 8 else KEYS_C  # of v, and of k where its rows are those of a product
     ka0, ka1 = _short_load(k_ptr, stride_kn, stride_kd, NK, 0, KEYS_A, False, D, D0, D1, ALIGN, OFFSET)
     kb0, kb1 = _short_load(k_ptr, stride_kn, stride_kd, NK, KEYS_A, KEYS_B, False, D, D0, D1, ALIGN, OFFSET)
     kc0, kc1 = _short_load(k_ptr, stride_kn, stride_kd, NK, C, KEYS_C, True, D, D0, D1, ALIGN, OFFSET)
     va0, va1 = _short_load(v_ptr, stride_vn, stride_vd, NK, 0, KEYS_A, False, D, D0, D1, ALIGN, OFFSET)
     vb0, vb1 = _short_load(v_ptr, stride_vn, stride_vd, NK, KEYS_A, KEYS_B, False, D, D0, D1, ALIGN, OFFSET)
-    vc0, vc1 = _short_load(v_ptr, stride_vn, stride_vd, NK, C, KEYS_C, True, D, D0, D1, ALIGN, OFFSET)
+    vc0, vc1 = _short_load(v_ptr, stride_vn, stride_vd, NK, C, ROWS_C, True, D, D0, D1, ALIGN, OFFSET)
     # here, not in the loop: or k would stay in registers, and go to shared memory for each tile of queries again
     ta0, ta1 = _short_trans(ka0, ka1, KEYS_A, D1)
     tb0, tb1 = _short_trans(kb0, kb1, KEYS_B, D1)
@@ -169,9 +173,10 @@ def _fwd_short(
         if NQ <= LAST_M:  # in the last program
             rest = tl.arange(0, LAST_M)
             q0, q1 = _load_queries(q_ptr, rest, NQ, stride_qn, stride_qd, True, NEGATE, D, D0, D1, ALIGN, OFFSET)
+            kr0, kr1 = _short_load(k_ptr, stride_kn, stride_kd, NK, C, ROWS_C, True, D, D0, D1, ALIGN, OFFSET)
             acc0, acc1, row_max, row_sum = _short_rest(
-                q0, q1, ka0, ka1, kb0, kb1, kc0, kc1, va0, va1, vb0, vb1, vc0, vc1, NK - C, scale_log2e,
-                KEYS_B, KEYS_C, D0, D1, ACC, PRECISION,
+                q0, q1, ka0, ka1, kb0, kb1, kr0, kr1, va0, va1, vb0, vb1, vc0, vc1, NK - C, scale_log2e,
+                KEYS_B, ROWS_C, D0, D1, ACC, PRECISION,
             )  # fmt: skip
             _fwd_finish(
                 out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rest, NQ, stride_on, stride_od,

@@ -263,9 +263,9 @@ def short_tiles(chip, dtype, head_dim, nq, nk, align):
     - below 64 keys, which are one tile anyway, and beyond 272: registers hold the scores of no more;
     - beyond 208 for head dims 33 to 48, which spill, and from 81 on, whose keys would leave room for one program only.
 
-    Keys are cut into two powers of two, BLOCK_N being the most, and a tail. A program makes two tiles of queries, so
-    that it reads the keys as often as one with a tile of 128. Up to 8 queries left over cost less in a tile of their
-    own than 64 do, if the head dim fills the 64 rows of HGMMA, whose columns they are.
+    Keys are cut into two powers of two, BLOCK_N being the most, and a tail, as narrow as 8. A program makes two tiles
+    of queries, so that it reads the keys as often as one with a tile of 128. Up to 8 queries left over cost less in a
+    tile of their own than 64 do, if the head dim fills the 64 rows of HGMMA, whose columns they are.
     """
     chosen = _find("attention_fwd_short", chip, dtype, head_dim)
     most = 208 if 32 < head_dim <= 48 or head_dim > 80 else 272
@@ -275,7 +275,9 @@ def short_tiles(chip, dtype, head_dim, nq, nk, align):
     block_n = min(chosen.BLOCK_N, next_power_of_2(nk + 1) // 2)
     left = nk - block_n
     next_n = min(block_n, next_power_of_2(left + 1) // 2) if left >= 16 else 0
-    cut = {"SIDE_M": 0, "BLOCK_N": block_n, "NEXT_N": next_n, "TAIL_N": tail(left - next_n, 256), "TILES": 2}
+    left -= next_n
+    tail_n = 8 if 0 < left <= 8 else tail(left, 256)
+    cut = {"SIDE_M": 0, "BLOCK_N": block_n, "NEXT_N": next_n, "TAIL_N": tail_n, "TILES": 2}
     whole, left = divmod(nq, chosen.BLOCK_M)
     if 0 < left <= 8 and head_dim_parts(head_dim, 64)[0] == 64:
         return chosen, max(1, cdiv(whole, 2)), 8, cut

@@ -66,7 +66,8 @@ def _of_all_keys_at_once(record, n):
         return Executed(None, f"{len(loops)} loops with products instead of one whose surroundings can be followed")
     (loop,) = loops
     keys = c["BLOCK_N"] + c["NEXT_N"] + c["TAIL_N"]
-    products = keys * (2 * c["D0"] + c["D1"] + c["DV"]) / c["num_warps"]  # of a query
+    columns = c["D0"] + c["D1"], c["D0"] + c["DV"]  # of k and v; a tail of 8 keys is 16 rows of v
+    products = (keys * columns[0] + (keys + 8 * (c["TAIL_N"] == 8)) * columns[1]) / c["num_warps"]  # of a query
     if abs(loop.macs / (c["BLOCK_M"] * products) - 1) > TOLERANCE:
         return Executed(None, f"the loop multiplies {loop.macs / (c['BLOCK_M'] * products):.3g} times a tile's needs")
     rest = c["LAST_M"] if c["LAST_M"] < c["BLOCK_M"] else 0

@@ -192,6 +192,12 @@ FORWARD = (
         killed_by="test_attention.py::test_all_keys_at_once",
     ),
     Bug(
+        "all keys at once: the last keys' weights in turns with zeros", "attention_short.py", within="def _short_tile(",
+        text="tl.permute(p, (0, 2, 1))", instead="p",
+        why="right for up to one key more than whole tiles",
+        killed_by="test_attention.py::test_all_keys_at_once",
+    ),
+    Bug(
         "all keys at once: the first keys twice", "attention_short.py", within="def _fwd_short(",
         text="kb0, kb1 = _short_load(k_ptr, stride_kn, stride_kd, NK, KEYS_A, KEYS_B,",
         instead="kb0, kb1 = _short_load(k_ptr, stride_kn, stride_kd, NK, 0, KEYS_B,",
