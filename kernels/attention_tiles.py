@@ -106,11 +106,12 @@ def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISI
 @triton.jit
 def _scale_parts(x0, x1, factor, D1: tl.constexpr):
     """x times a factor for each row."""
+    x0 = x0 * factor[:, None]
     if D1 == 24:
         x1 = (x1[0] * factor[:, None], x1[1] * factor[:, None])
     elif D1 > 0:
         x1 = x1 * factor[:, None]
-    return x0 * factor[:, None], x1
+    return x0, x1
 
 
 @triton.jit
