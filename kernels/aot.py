@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 
 from . import counts, sass
 from .executed import Executed
+from .launch import compiling
 
 __all__ = ["CHIPS", "Chip", "Record", "analyse", "compile_kernel", "report", "report_launch"]
 
@@ -221,14 +222,15 @@ def compile_kernel(kernel, args, *, arch, num_warps=4, num_stages=3, aligned=Tru
     backend = make_backend(target)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **options}
     values = {name: _stand_in(value) for name, value in args.items()}
-    bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        **values, **options
-    )
-    _, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, None)
-    if not aligned:
-        attrs = {path: [a for a in found if a[0] != "tt.divisibility"] for path, found in attrs.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    return triton_compile(source, target=target, options=options)
+    with compiling(target.backend):
+        bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(
+            **values, **options
+        )
+        _, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, None)
+        if not aligned:
+            attrs = {path: [a for a in found if a[0] != "tt.divisibility"] for path, found in attrs.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+        return triton_compile(source, target=target, options=options)
 
 
 def gpu_target(arch):

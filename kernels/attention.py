@@ -7,192 +7,111 @@
 q and out are (B,H,Nq,D), k and v (B,H,Nk,D). The forward pass walks over tiles of keys with a running maximum and sum,
 so that no (Nq,Nk) map exists; the backward pass makes p again from lse, which is all that is kept beside q, k, v and
 out (up to a constant: `lse_unit`). Sequences are cut into whole tiles, which carry no mask along the sequence, and one
-tail as narrow as 16. Head dims are cut into two powers of two, D0 + D1: 80 costs 64 + 16, not 128. The second part of a
-tile is 0.0 where D1 is 0.
+tail as narrow as 16. Where sequences are short, there is no such walk (attention_short.py). Head dims are cut into two
+parts (attention_tiles.py).
 """
 
 import math
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from . import configs
+from .attention_short import _fwd_short
+from .attention_tiles import (
+    LOWEST,
+    _add_dot,
+    _columns,
+    _dot_parts,
+    _exp2,
+    _fwd_finish,
+    _head_offset,
+    _key_mask,
+    _load_parts,
+    _load_queries,
+    _scale_parts,
+    _values,
+    _zero_parts,
+)
 from .launch import accumulator, chip_of, dot_precision, launch, layout, tail, tl_accumulator
-from .tiles import load_tile, row_offset, store_tile
+from .tiles import row_offset
 
 LOG2E = math.log2(math.e)  # exponents are of 2: scores are multiplied by scale_log2e = scale LOG2E
-# Below every score, but finite: -inf would make NaN of -inf - -inf where all scores of a tile are -inf.
-LOWEST = tl.constexpr(-3.4e38)
 SMALLEST_SCALE = 1e-30  # instead of 0, which times the score -inf of a key that is not there would be NaN
-GROUP = tl.constexpr(16)  # rows that the threads of 4 warps load at once at head dim 64
-
-
-@triton.jit
-def _load_parts(
-    x_ptr, rows, row_end, stride_n, stride_d,
-    MASK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """x[rows, :] as two parts, (ROWS, D0) and (ROWS, D1), with 0 from row_end on (if MASK) and from D on."""
-    cols = tl.arange(0, D0)
-    x0 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET, GROUP)
-    if D1 > 0:
-        cols = D0 + tl.arange(0, D1)
-        x1 = load_tile(x_ptr, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET, GROUP)
-    else:
-        x1 = 0.0
-    return x0, x1
-
-
-@triton.jit
-def _store_parts(
-    x_ptr, x0, x1, rows, row_end, stride_n, stride_d,
-    MASK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    cols = tl.arange(0, D0)
-    store_tile(x_ptr, x0, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0, ALIGN, OFFSET, GROUP)
-    if D1 > 0:
-        cols = D0 + tl.arange(0, D1)
-        store_tile(x_ptr, x1, rows, row_end, cols, D, stride_n, stride_d, MASK, D < D0 + D1, ALIGN, OFFSET, GROUP)
-
-
-@triton.jit
-def _zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr):
-    x0 = tl.zeros((ROWS, D0), ACC)
-    if D1 > 0:
-        x1 = tl.zeros((ROWS, D1), ACC)
-    else:
-        x1 = 0.0
-    return x0, x1
-
-
-@triton.jit
-def _dot_parts(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """a bᵀ, summed over both parts of the head dim."""
-    c = tl.dot(a0, tl.trans(b0), out_dtype=ACC, input_precision=PRECISION)
-    if D1 > 0:
-        c = tl.dot(a1, tl.trans(b1), c, out_dtype=ACC, input_precision=PRECISION)
-    return c
-
-
-@triton.jit
-def _add_dot(acc0, acc1, a, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b, for both parts of b's head dim."""
-    a = a.to(b0.dtype)
-    if D1 > 0:  # first: the last product decides which warps share rows, and a wide one lets fewer repeat work
-        acc1 = tl.dot(a, b1, acc1, out_dtype=ACC, input_precision=PRECISION)
-    acc0 = tl.dot(a, b0, acc0, out_dtype=ACC, input_precision=PRECISION)
-    return acc0, acc1
-
-
-@triton.jit
-def _head_offset(b, h, stride_b, stride_h, ALIGN: tl.constexpr):
-    return tl.multiple_of(b * stride_b + h * stride_h, ALIGN)
-
-
-@triton.jit
-def _values(k_ptr, v_ptr, V_OFFSET: tl.constexpr):
-    """Where v is: if V_OFFSET, that far behind k, so that addresses of v are those of k and a constant."""
-    if V_OFFSET > 0:
-        v_ptr = k_ptr + V_OFFSET
-    return v_ptr
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Forward
 
 
 @triton.jit
 def _fwd_start(
     q_ptr, rows, row_end, stride_qn, stride_qd,
     MASK: tl.constexpr, SUMS: tl.constexpr, NEGATE: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The queries of a tile, and before any key their output, maximum (of s log2 e) (M,) and sums (M, SUMS)."""
-    q0, q1 = _load_parts(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, D, D0, D1, ALIGN, OFFSET)
-    if NEGATE:  # a negative scale would turn the maximum into a minimum
-        q0 = -q0
-        q1 = -q1
-    acc0, acc1 = _zero_parts(rows.shape[0], D0, D1, ACC)
+    q0, q1 = _load_queries(q_ptr, rows, row_end, stride_qn, stride_qd, MASK, NEGATE, D, D0, D1, ALIGN, OFFSET)
+    acc0, acc1 = _zero_parts(rows.shape[0], D0, DV, ACC)
     row_max = tl.full((rows.shape[0],), LOWEST, ACC)
     row_sum = tl.zeros((rows.shape[0], SUMS), ACC)
     return q0, q1, acc0, acc1, row_max, row_sum
 
 
 @triton.jit
-def _exp2(s, scale_log2e, shift):
-    """2 ** (s scale_log2e - shift), whose argument is rounded once: one FMA and one exp2 a pair."""
-    return tl.exp2(tl.fma(s, tl.full((), scale_log2e, s.dtype), -shift))
-
-
-@triton.jit
 def _fwd_tile(
     q0, q1, k0, k1, v0, v1, acc0, acc1, row_max, row_sum, key_end, scale_log2e,
-    MASK: tl.constexpr, FIRST: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, FIRST: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries with one of keys: output, running maximum and sums of each query; if FIRST, not yet set."""
     s = _dot_parts(q0, q1, k0, k1, D1, ACC, PRECISION)  # (M, KEYS)
     if MASK:
-        s += tl.where(tl.arange(0, k0.shape[0]) < key_end, 0.0, -float("inf")).to(ACC)[None, :]
+        s += _key_mask(k0.shape[0], key_end, ACC)[None, :]
     new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2e)
     p = _exp2(s, scale_log2e, new_max[:, None])
-    SUMS: tl.constexpr = row_sum.shape[1]
-    p_sum = tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // SUMS, SUMS)), 1)  # each thread its own: no shuffles
+    p_sum = tl.sum(_columns(p, row_sum.shape[1]), 1)
     if FIRST:
         row_sum = p_sum
     else:
         alpha = tl.exp2(row_max - new_max)
         row_sum = row_sum * alpha[:, None] + p_sum
-        acc0 = acc0 * alpha[:, None]
-        if D1 > 0:
-            acc1 = acc1 * alpha[:, None]
-    acc0, acc1 = _add_dot(acc0, acc1, p, v0, v1, D1, ACC, PRECISION)
+        acc0, acc1 = _scale_parts(acc0, acc1, alpha, DV)
+    acc0, acc1 = _add_dot(acc0, acc1, p, v0, v1, DV, ACC, PRECISION)
     return acc0, acc1, new_max, row_sum
-
-
-@triton.jit
-def _fwd_finish(
-    out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rows, row_end, stride_on, stride_od,
-    MASK: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    row_sum = tl.sum(row_sum, 1)  # at least 1, and finite: no special case of division or logarithm
-    if FAST:
-        share = libdevice.fast_dividef(1.0, row_sum)
-        lse = row_max + libdevice.fast_log2f(row_sum)
-    else:
-        share = 1.0 / row_sum
-        lse = row_max + tl.log2(row_sum * LSE_UNIT)
-    _store_parts(
-        out_ptr, acc0 * share[:, None], acc1 * share[:, None] if D1 > 0 else acc1, rows, row_end, stride_on, stride_od,
-        MASK, D, D0, D1, ALIGN, OFFSET,
-    )  # fmt: skip
-    if MASK:
-        tl.store(lse_ptr + rows, lse, mask=rows < row_end)
-    else:
-        tl.store(lse_ptr + rows, lse)
 
 
 @triton.jit
 def _fwd_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ, NK, scale_log2e,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-    M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr, V_OFFSET: tl.constexpr,
+    M: tl.constexpr, MASK_M: tl.constexpr, SIDE_M: tl.constexpr, SUMS: tl.constexpr, V_OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first M of NQ queries from q_ptr, with all keys; beside them, in a tile of SIDE_M, those that follow."""
     rows = tl.arange(0, M)
     # Rows of a tile of 16 are shared by warps: 16 sums a row let two of them keep their own.
     q0, q1, acc0, acc1, row_max, row_sum = _fwd_start(
-        q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, 16 if M == 16 else 8, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
+        q_ptr,
+        rows,
+        NQ,
+        stride_qn,
+        stride_qd,
+        MASK_M,
+        16 if M == 16 else SUMS,
+        NEGATE,
+        D,
+        D0,
+        D1,
+        DV,
+        ALIGN,
+        OFFSET,
+        ACC,
     )
     if SIDE_M > 0:
         side = M + tl.arange(0, SIDE_M)
         side_q0, side_q1, side_acc0, side_acc1, side_max, side_sum = _fwd_start(
-            q_ptr, side, NQ, stride_qn, stride_qd, True, 8, NEGATE, D, D0, D1, ALIGN, OFFSET, ACC
+            q_ptr, side, NQ, stride_qn, stride_qd, True, SUMS, NEGATE, D, D0, D1, DV, ALIGN, OFFSET, ACC
         )
     if TAIL_N > 0:  # first, while there is nothing to rescale
         key_end = NK % BLOCK_N
@@ -203,16 +122,16 @@ def _fwd_queries(
             tail_k_ptr, keys, key_end, stride_kn, stride_kd, True, D, D0, D1, ALIGN, OFFSET
         )  # fmt: skip
         tail_v0, tail_v1 = _load_parts(
-            tail_v_ptr, keys, key_end, stride_vn, stride_vd, True, D, D0, D1, ALIGN, OFFSET
+            tail_v_ptr, keys, key_end, stride_vn, stride_vd, True, D, D0, DV, ALIGN, OFFSET
         )  # fmt: skip
         if SIDE_M > 0:
             side_acc0, side_acc1, side_max, side_sum = _fwd_tile(
                 side_q0, side_q1, tail_k0, tail_k1, tail_v0, tail_v1, side_acc0, side_acc1, side_max, side_sum,
-                key_end, scale_log2e, True, True, D1, ACC, PRECISION,
+                key_end, scale_log2e, True, True, D1, DV, ACC, PRECISION,
             )  # fmt: skip
         acc0, acc1, row_max, row_sum = _fwd_tile(
             q0, q1, tail_k0, tail_k1, tail_v0, tail_v1, acc0, acc1, row_max, row_sum,
-            key_end, scale_log2e, True, True, D1, ACC, PRECISION,
+            key_end, scale_log2e, True, True, D1, DV, ACC, PRECISION,
         )  # fmt: skip
     if LOOP_N:
         tl.assume(NK >= BLOCK_N)  # or the loop is guarded, and the sums are set to 0 on both ways
@@ -220,26 +139,26 @@ def _fwd_queries(
             v_ptr = _values(k_ptr, v_ptr, V_OFFSET)
             keys_n = tl.arange(0, BLOCK_N)
             k0, k1 = _load_parts(k_ptr, keys_n, BLOCK_N, stride_kn, stride_kd, False, D, D0, D1, ALIGN, OFFSET)
-            v0, v1 = _load_parts(v_ptr, keys_n, BLOCK_N, stride_vn, stride_vd, False, D, D0, D1, ALIGN, OFFSET)
+            v0, v1 = _load_parts(v_ptr, keys_n, BLOCK_N, stride_vn, stride_vd, False, D, D0, DV, ALIGN, OFFSET)
             if SIDE_M > 0:
                 side_acc0, side_acc1, side_max, side_sum = _fwd_tile(
                     side_q0, side_q1, k0, k1, v0, v1, side_acc0, side_acc1, side_max, side_sum,
-                    BLOCK_N, scale_log2e, False, False, D1, ACC, PRECISION,
+                    BLOCK_N, scale_log2e, False, False, D1, DV, ACC, PRECISION,
                 )  # fmt: skip
             acc0, acc1, row_max, row_sum = _fwd_tile(
                 q0, q1, k0, k1, v0, v1, acc0, acc1, row_max, row_sum,
-                BLOCK_N, scale_log2e, False, False, D1, ACC, PRECISION,
+                BLOCK_N, scale_log2e, False, False, D1, DV, ACC, PRECISION,
             )  # fmt: skip
             k_ptr += tl.cast(BLOCK_N, OFFSET) * stride_kn
             v_ptr += tl.cast(BLOCK_N, OFFSET) * stride_vn
     if SIDE_M > 0:
         _fwd_finish(
             out_ptr, lse_ptr, side_acc0, side_acc1, side_max, side_sum, side, NQ, stride_on, stride_od,
-            True, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
+            True, FAST, LSE_UNIT, D, D0, DV, ALIGN, OFFSET,
         )  # fmt: skip
     _fwd_finish(
         out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rows, NQ, stride_on, stride_od,
-        MASK_M, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
+        MASK_M, FAST, LSE_UNIT, D, D0, DV, ALIGN, OFFSET,
     )  # fmt: skip
 
 
@@ -251,34 +170,43 @@ def _attention_fwd_kernel(
     stride_vb, stride_vh, stride_vn: tl.constexpr, stride_vd: tl.constexpr,
     stride_ob, stride_oh, stride_on: tl.constexpr, stride_od: tl.constexpr,
     H, NQ, NK, scale_log2e,
-    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr, V_OFFSET: tl.constexpr,
-    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, SIDE_M: tl.constexpr, SUMS: tl.constexpr, V_OFFSET: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOOP_N: tl.constexpr, TAIL_N: tl.constexpr, TILES: tl.constexpr, NEXT_N: tl.constexpr,
     NEGATE: tl.constexpr, FAST: tl.constexpr, LSE_UNIT: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK_M rows of out and lse of one head. If LAST_M, the last of a head makes all that are left:
-    up to LAST_M, or if SIDE_M, all of LAST_M and up to SIDE_M more."""
+    up to LAST_M, or if SIDE_M, all of LAST_M and up to SIDE_M more.
+
+    If TILES, it makes that many times as many, with all keys at once, in tiles of BLOCK_N, NEXT_N and TAIL_N."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    row_start = tl.program_id(1) * BLOCK_M
+    row_start = tl.program_id(1) * (BLOCK_M * TILES if TILES > 0 else BLOCK_M)
     q_ptr += _head_offset(b, h, stride_qb, stride_qh, ALIGN) + row_offset(row_start, stride_qn, ALIGN)
     k_ptr += _head_offset(b, h, stride_kb, stride_kh, ALIGN)
     v_ptr = _values(k_ptr, v_ptr + _head_offset(b, h, stride_vb, stride_vh, ALIGN), V_OFFSET)
     out_ptr += _head_offset(b, h, stride_ob, stride_oh, ALIGN) + row_offset(row_start, stride_on, ALIGN)
     lse_ptr += (b * H + h) * NQ + row_start
-    if LAST_M == 0 or tl.program_id(1) + 1 < tl.num_programs(1):
+    if TILES > 0:
+        _fwd_short(
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
+            stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
+            BLOCK_M, TILES, LAST_M, BLOCK_N, NEXT_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+        )  # fmt: skip
+    elif LAST_M == 0 or tl.program_id(1) + 1 < tl.num_programs(1):
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            BLOCK_M, False, 0, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
-            D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+            BLOCK_M, False, 0, SUMS, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            D, D0, D1, DV, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
     else:
         _fwd_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, NQ - row_start, NK, scale_log2e,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_on, stride_od,
-            LAST_M, SIDE_M == 0, SIDE_M, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
-            D, D0, D1, ALIGN, OFFSET, ACC, PRECISION,
+            LAST_M, SIDE_M == 0, SIDE_M, SUMS, V_OFFSET, BLOCK_N, LOOP_N, TAIL_N, NEGATE, FAST, LSE_UNIT,
+            D, D0, D1, DV, ALIGN, OFFSET, ACC, PRECISION,
         )  # fmt: skip
 
 
@@ -322,16 +250,23 @@ def attention_forward(q, k, v, scale):
     lse = q.new_empty(b, h, nq, dtype=accumulator(q.dtype))
     chip = chip_of(q.device)
     align = layout(q, k, v, out)["ALIGN"]
-    tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq, align)
+    short = configs.short_tiles(chip, q.dtype, d, nq, nk, align)
+    if short:
+        tiles, programs, last_m, cut = short
+    else:
+        tiles, programs, last_m, side_m = configs.query_tiles(chip, q.dtype, d, nq, align)
+        cut = {"SIDE_M": side_m, "BLOCK_N": tiles.BLOCK_N, "TAIL_N": tail(nk, tiles.BLOCK_N), "TILES": 0, "NEXT_N": 0}
     keys, v_offset = keys_and_values(k, v)
+    common = _common(q, d, tiles.BLOCK_M, q, k, v, out)
+    dv = 24 if not short and configs.three_parts(chip, q.dtype, d, align) else common["D1"]
     launch(
         _attention_fwd_kernel, (b, programs, h),
         q, keys, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(), h, nq, nk,
         max(abs(scale), SMALLEST_SCALE) * LOG2E,
-        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SIDE_M=side_m, V_OFFSET=v_offset,
-        BLOCK_N=tiles.BLOCK_N, LOOP_N=nk >= tiles.BLOCK_N, TAIL_N=tail(nk, tiles.BLOCK_N),
+        BLOCK_M=tiles.BLOCK_M, LAST_M=last_m, SUMS=configs.sums_of_a_row(chip), V_OFFSET=v_offset,
+        LOOP_N=nk >= cut["BLOCK_N"], **cut, DV=dv,
         NEGATE=scale < 0, FAST=q.dtype.itemsize == 2 and chip.startswith("sm_"),  # CUDA's approximations
         LSE_UNIT=lse_unit(q.dtype, nk),
-        **_common(q, d, tiles.BLOCK_M, q, k, v, out), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **common, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .attention import (
-    LOG2E,
+from .attention import LOG2E, _common, keys_and_values
+from .attention_backward_head import _bwd_tile, attention_backward_heads
+from .attention_tiles import (
     _add_dot,
-    _common,
     _dot_parts,
     _exp2,
     _head_offset,
@@ -23,9 +23,7 @@ from .attention import (
     _store_parts,
     _values,
     _zero_parts,
-    keys_and_values,
 )
-from .attention_backward_head import _bwd_tile, attention_backward_heads
 from .launch import alignment, cdiv, chip_of, launch, tail
 from .tiles import row_offset
 

@@ -13,10 +13,9 @@ registers of warps of 16 rows each: so a thread's share is 16 bytes wide and tak
 import triton
 import triton.language as tl
 
-from .attention import (
-    LOG2E,
+from .attention import LOG2E, _common
+from .attention_tiles import (
     _add_dot,
-    _common,
     _dot_parts,
     _exp2,
     _head_offset,

@@ -5,7 +5,7 @@ Counts and spills are those of kernels compiled ahead of time by aot.py; nothing
 
 from dataclasses import dataclass, replace
 
-from .launch import Chip, cdiv, next_power_of_2, tail
+from .launch import BEFORE_3_7, Chip, cdiv, next_power_of_2, tail
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ TABLE = (
     Row("attention_fwd", "any", "half", 64, Tiles(128, 64, 4, 2), "32 rows a warp share each read of the keys"),
     Row("attention_fwd", _HOPPER, "half", 96, Tiles(128, 64, 4, 2), "the same, as q stays in shared memory there"),
     Row("attention_fwd", "sm_80", "half", 80, Tiles(128, 64, 4, 3), "the same; with 2 stages addresses spill"),
+    Row("attention_fwd", "sm_80", "half", 88, Tiles(128, 64, 4, 3), "see `three_parts`; with 2 stages addresses spill"),
     Row("attention_fwd", _MMA_SYNC, "half", 96, Tiles(128, 32, 4, 2), "the same; 64 keys spill"),
     Row("attention_fwd", _GEFORCE, "half", 128, Tiles(64, 64, 4, 2), "128 queries spill"),
     Row("attention_fwd", "gfx942", "half", 128, Tiles(128, 32, 4, 2), "8 waves repeat products"),
@@ -66,6 +67,10 @@ TABLE = (
     Row("attention_fwd", _AMD, "any", 256, Tiles(16, 16, 8, 1), "what fits into 64 KB of shared memory"),
     Row("attention_fwd", _GEFORCE, "any", 256, Tiles(32, 32, 8, 1), "what fits into 99 KB of shared memory"),
     Row("attention_fwd", "any", "any", 256, Tiles(32, 32, 8, 2), "the same"),
+    Row("attention_fwd_short", "interpreter sm_90", "half", 32, Tiles(64, 256, 4, 2), "see `short_tiles`"),
+    Row("attention_fwd_short", "interpreter sm_90", "half", 48, Tiles(64, 128, 4, 2), "256 keys spill, in two parts"),
+    Row("attention_fwd_short", "interpreter sm_90", "half", 64, Tiles(64, 256, 4, 2), "see `short_tiles`"),
+    Row("attention_fwd_short", "interpreter sm_90", "half", 96, Tiles(64, 128, 4, 2), "256 keys spill, in two parts"),
     Row("attention_fwd_unaligned", "gfx1100", "half", 128, Tiles(64, 16, 4, 2), "32 keys spill"),
     Row("attention_fwd_unaligned", _MMA_SYNC, "half", 64, Tiles(128, 32, 4, 2), "64 keys spill"),
     Row("attention_fwd_unaligned", _MMA_SYNC, "half", 128, Tiles(128, 32, 8, 2), "4 warps spill"),
@@ -219,6 +224,8 @@ def query_tiles(chip, dtype, head_dim, n, align=8):
     less = half >= 16 and head_dim <= 128 and 8 * _padded(n, half) <= 7 * _padded(n, 2 * half)  # beyond, it spills
     if less and chip in _MMA_SYNC.split() and dtype.itemsize == 2:
         chosen = replace(chosen, BLOCK_M=half, num_warps=chosen.num_warps // 2)
+        if three_parts(chip, dtype, head_dim, align):  # 64 keys spill
+            chosen = replace(chosen, BLOCK_N=32, num_stages=2)
         half //= 2
     whole, left = divmod(n, chosen.BLOCK_M)
     last = tail(n, chosen.BLOCK_M)
@@ -233,6 +240,48 @@ def query_tiles(chip, dtype, head_dim, n, align=8):
 
 def _padded(n, block):
     return n - n % block + tail(n, block)
+
+
+def three_parts(chip, dtype, head_dim, align):
+    """Whether the forward kernel takes v and out in 64 + 16 + 8 columns. On sm_80 that is 1/24 of its products less for
+    head dims 81 to 88, where tensor cores bind, and 64 keys a tile do not spill. On sm_90 it spills; on sm_86 and sm_89
+    the third stage that 64 keys take there leaves room for one program only. The interpreter does it for the tests."""
+    return chip in ("interpreter", "sm_80") and dtype.itemsize == 2 and 80 < head_dim <= 88 and align > 1
+
+
+def sums_of_a_row(chip):
+    """How many sums the forward kernel keeps of each row of a tile: so many that each is of one thread's columns. On
+    gfx1100 that would be 16; but they take 32 registers more, and only Triton before 3.7 has no layout for 8 there."""
+    return 16 if chip == "gfx1100" and BEFORE_3_7 else 8
+
+
+def short_tiles(chip, dtype, head_dim, nq, nk, align):
+    """How the forward kernel cuts nq queries and nk keys where it takes all keys at once -> (Tiles, programs a head,
+    its LAST_M, its SIDE_M, BLOCK_N, NEXT_N, TAIL_N and TILES by name). None where it walks over tiles of keys:
+
+    - where there is no row: with mma.sync 64 queries would read shared memory twice as often as 128, and it binds;
+    - below 64 keys, which are one tile anyway, and beyond 272: registers hold the scores of no more;
+    - beyond 208 for head dims 33 to 48, which spill, and from 81 on, whose keys would leave room for one program only.
+
+    Keys are cut into two powers of two, BLOCK_N being the most, and a tail, as narrow as 8. A program makes two tiles
+    of queries, so that it reads the keys as often as one with a tile of 128. Up to 8 queries left over cost less in a
+    tile of their own than 64 do, if the head dim fills the 64 rows of HGMMA, whose columns they are.
+    """
+    chosen = _find("attention_fwd_short", chip, dtype, head_dim)
+    most = 208 if 32 < head_dim <= 48 or head_dim > 80 else 272
+    if chosen is None or align == 1 or not 64 <= nk <= most:
+        return None
+    chosen = tiles("attention_fwd_short", chip, dtype, head_dim)
+    block_n = min(chosen.BLOCK_N, next_power_of_2(nk + 1) // 2)
+    left = nk - block_n
+    next_n = min(block_n, next_power_of_2(left + 1) // 2) if left >= 16 else 0
+    left -= next_n
+    tail_n = 8 if 0 < left <= 8 else tail(left, 256)
+    cut = {"SIDE_M": 0, "BLOCK_N": block_n, "NEXT_N": next_n, "TAIL_N": tail_n, "TILES": 2}
+    whole, left = divmod(nq, chosen.BLOCK_M)
+    if 0 < left <= 8 and head_dim_parts(head_dim, 64)[0] == 64:
+        return chosen, max(1, cdiv(whole, 2)), 8, cut
+    return chosen, cdiv(whole + (left > 0), 2), chosen.BLOCK_M if left else 0, cut
 
 
 def one_backward_kernel(chip, dtype, head_dim, align, heads, n):

@@ -215,6 +215,8 @@ def _around(header, blocks, bodies, doms, warps, use_ffma):
                     return None  # a cycle without a header
             else:
                 rest = [found[s] for s in onward if found[s]]
+                if end is None and blocks[index].instructions and blocks[index].instructions[-1].flow == "end?":
+                    rest.append((0.0, (0.0, 0.0)))
                 own, macs = cost[index]
                 most = max((way[1] for way in rest), default=None)
                 found[index] = (own + min(way[0] for way in rest), (own + most[0], macs + most[1])) if rest else None

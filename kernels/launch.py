@@ -6,7 +6,7 @@ that a launcher can be asked, with tensors on the `meta` device, what it would r
 
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -20,6 +20,9 @@ except ImportError:  # Windows, macOS
 
 # The variable is read by `@triton.jit`, hence once, when the kernels are imported.
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+# Triton before 3.7 fails on AMD's chips in two places: see `compiling`, and `sums_of_a_row` in configs.py.
+BEFORE_3_7 = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 # Triton 3.9 warns that fusing a product and a sum into one FMA will be off unless asked for: the kernels count on it.
 OPTIONS = {"enable_fp_fusion": True}
@@ -54,11 +57,25 @@ def launch(kernel, grid, *args, num_warps, num_stages, **constexprs):
         kernel[grid](*args, **options)
         return
     module = torch.get_device_module(device)
-    if device.index == module.current_device():
-        kernel[grid](*args, **options)
-    else:
-        with module.device(device):
+    with compiling("hip" if torch.version.hip else device.type):
+        if device.index == module.current_device():
             kernel[grid](*args, **options)
+        else:
+            with module.device(device):
+                kernel[grid](*args, **options)
+
+
+def compiling(backend):
+    """The context in which kernels are compiled for a backend of Triton's: before 3.7 an assertion fails in its own
+    pass to AMD's buffer loads, which is left out there."""
+    return _without_buffer_loads() if BEFORE_3_7 and backend == "hip" else nullcontext()
+
+
+@contextmanager
+def _without_buffer_loads():
+    with triton.knobs.amd.scope():
+        triton.knobs.amd.use_buffer_ops = False
+        yield
 
 
 @contextmanager

@@ -190,11 +190,16 @@ def _layer_norm_linear(case, name):
         layer_norm_linear_backward(y.clone(), x, gamma, beta, weight, bias, z, mean, rstd, 1e-5, activation, True, True)
 
 
-def _padded(one):
-    return one.constexprs["D0"] + one.constexprs["D1"]
-
-
 _MATRIX_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5, "attention_bwd_dq": 3, "attention_bwd_dkdv": 4}
+
+
+def _macs_per_pair(one):
+    """Multiply-adds per (query, key) pair as the kernel computes it; None for other kernels than attention's."""
+    c, name = one.constexprs, kernel_name(one)
+    if name not in _MATRIX_PRODUCTS:
+        return None
+    # DV: the columns of v's second part, which may be fewer than those of k's
+    return _MATRIX_PRODUCTS[name] * (c["D0"] + c["D1"]) - (c["D1"] - c["DV"] if "DV" in c else 0)
 
 
 def _compile(case, one, variants, dump):
@@ -207,8 +212,7 @@ def _compile(case, one, variants, dump):
         )  # fmt: skip
     except Exception as error:  # whatever the compiler raises is this kernel's result
         return Result(case, name, None, f"{type(error).__name__}: {error}")
-    macs = _MATRIX_PRODUCTS[name] * _padded(one) if name in _MATRIX_PRODUCTS else None
-    record = _record(compiled, case, config, macs)
+    record = _record(compiled, case, config, _macs_per_pair(one))
     record.variants = list(variants)
     if name == "attention_fwd":
         record.executed = {str(n): executed_per_pair(record, n) for n in variants}

@@ -33,6 +33,7 @@ _BACKWARD = ((16, 128), (16, 128), (0, 0), (2, 16), (1, 4))
 _PRODUCT = ((32, 256), (32, 256), (16, 128), (2, 16), (1, 5))
 ALLOWED = {
     "attention_fwd": _FORWARD,
+    "attention_fwd_short": ((64, 128), (64, 256), (0, 0), (4, 8), (1, 2)),
     "attention_fwd_unaligned": _FORWARD,
     "attention_bwd": ((64, 64), (64, 64), (0, 0), (4, 4), (1, 4)),
     "attention_bwd_dq": _BACKWARD,

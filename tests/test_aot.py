@@ -285,7 +285,9 @@ def test_attention_multiplies_no_more_than_its_tiles(survey):
         if record.kernel in products and record.arch.startswith("sm_") and record.dtype != "fp32":
             c = record.config
             rows = c["BLOCK_M"] + c.get("SIDE_M", 0)
-            needed = products[record.kernel] * rows * c["BLOCK_N"] * (c["D0"] + c["D1"]) / c["num_warps"]
+            keys = c["BLOCK_N"] + (c["NEXT_N"] + c["TAIL_N"] + 8 * (c["TAIL_N"] == 8) if c.get("TILES") else 0)
+            columns = products[record.kernel] * (c["D0"] + c["D1"]) - c["D1"] + c.get("DV", c["D1"])
+            needed = rows * keys * columns / c["num_warps"]
             if record.hot.macs > needed and record.name not in known:
                 wasted.append((record.name, record.hot.macs / needed))
     assert wasted == []
@@ -412,8 +414,9 @@ def loop(instructions, macs, around, around_macs):
 def forward(loops, block_m=128, last_m=16, side_m=0, block_n=64, tail_n=16):
     """A Record of an attention forward kernel of head dim 64 and 4 warps, of which only its loops are set."""
     rest = dict.fromkeys(Record.__dataclass_fields__)
-    tiles = {"BLOCK_M": block_m, "LAST_M": last_m, "SIDE_M": side_m, "BLOCK_N": block_n, "TAIL_N": tail_n}
-    return Record(**rest | {"config": tiles | {"D0": 64, "D1": 0, "num_warps": 4}, "loops": loops, "complete": True})
+    tiles = {"BLOCK_M": block_m, "LAST_M": last_m, "SIDE_M": side_m, "BLOCK_N": block_n, "TAIL_N": tail_n, "TILES": 0}
+    config = tiles | {"D0": 64, "D1": 0, "DV": 0, "num_warps": 4}
+    return Record(**rest | {"config": config, "loops": loops, "complete": True})
 
 
 WHOLE, TAIL = 128 * 64 * 128 // 4, 128 * 16 * 128 // 4  # multiply-adds of a warp
@@ -441,6 +444,43 @@ def test_rows_beside_a_tile_are_counted_with_their_program():
 def test_an_iteration_moved_out_of_the_loop_is_not_counted_twice():
     record = forward([loop(600, WHOLE, (1400, 1450), WHOLE)], last_m=0, tail_n=0)
     assert executed_per_pair(record, 256).per_pair == pytest.approx(2 * 4 * (1450 + 3 * 600) / 256**2, abs=1e-4)
+
+
+ALL_KEYS, FEW = 64 * 272 * 128 // 4, 8 * 272 * 128 // 4  # of a tile of 64 queries with 272 keys, and of 8 queries
+
+
+def all_keys_at_once(one, last_m=8):
+    """257 tokens in one tile of 256 keys and one of 16; two tiles of queries a program."""
+    record = forward([one], block_m=64, last_m=last_m, block_n=256)
+    record.config |= {"TILES": 2, "NEXT_N": 0}
+    return record
+
+
+def test_tiles_of_queries_are_summed_over_the_programs_of_a_head():
+    """257 queries: two programs of two tiles of 64, and the last has the one left over behind its loop."""
+    rest = loop(800, ALL_KEYS, (300, 850), 1.1 * FEW)
+    expected = 4 * (4 * 800 + 300 + 850) / 257**2
+    assert executed_per_pair(all_keys_at_once(rest), 257).per_pair == pytest.approx(expected, abs=1e-4)
+    masked = loop(800, ALL_KEYS, (300, 310), 0.0)  # 201: four tiles, the last of them with a mask
+    expected = 4 * (4 * 800 + 2 * 310) / 201**2
+    assert executed_per_pair(all_keys_at_once(masked, 64), 201).per_pair == pytest.approx(expected, abs=1e-4)
+    few = loop(800, ALL_KEYS, (300, 850), FEW)
+    assert executed_per_pair(all_keys_at_once(few), 5).per_pair == pytest.approx(4 * 850 / 25, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("one", "why"),
+    [
+        (loop(800, 2 * ALL_KEYS, (300, 850), FEW), "2 times"),
+        (loop(800, ALL_KEYS, (300, 850), 0.0), "0 multiply-adds around"),
+        (loop(800, ALL_KEYS, (300, 850), ALL_KEYS), "multiply-adds around"),
+        (loop(800, ALL_KEYS, None, None), "can be followed"),
+    ],
+)
+def test_what_does_not_add_up_of_all_keys_at_once(one, why):
+    executed = executed_per_pair(all_keys_at_once(one), 257)
+    assert executed.per_pair is None
+    assert why in executed.why
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,30 @@ def test_one_and_two_backward_kernels(device, monkeypatch, launch_log, d, kernel
         assert [launch.kernel for launch in launch_log[1:]] == [f"_attention_{name}_kernel" for name in kernels]
 
 
+ALL_KEYS = [(197, 197), (1, 65), (130, 257), (129, 96), (72, 208), (72, 250), (64, 64), (257, 145)]  # (Nq, Nk)
+
+
+@pytest.mark.parametrize("nq, nk, d", [(*n, (64, 64, 80, 40, 88)[i % 5]) for i, n in enumerate(ALL_KEYS)])
+def test_all_keys_at_once(device, launch_log, nq, nk, d):
+    """Half precision and short sequences: one, two and three tiles of keys; the last queries with a mask or apart."""
+    with use_backend("triton"):
+        assert_parity(attention, attention_inputs(1, 2, nq, nk, d, dtype=torch.float16, device=device))
+        if nq > 1:  # one query's gradients would all vanish
+            inputs = attention_inputs(1, 1, nq, nk, d, dtype=torch.float16, device=device)
+            inputs["k"].data[:, :, nk // 2 :] *= 40  # later keys have far higher and far lower scores
+            assert_parity(attention, inputs, scale=-0.3)
+    if guards.interpreting():
+        _, programs, *_ = configs.short_tiles("interpreter", torch.float16, d, nq, nk, 8)
+        assert launch_log[0].grid == (1, programs, 2)
+
+
+@pytest.mark.parametrize("nq, nk, d", [(5, 300, 88), (70, 210, 84), (33, 20, 88)])
+def test_values_in_three_parts(device, nq, nk, d):
+    """64 + 16 + 8 columns, in half precision; aligned, and more keys than are taken at once, or fewer."""
+    with use_backend("triton"):
+        assert_parity(attention, attention_inputs(1, 2, nq, nk, d, dtype=torch.float16, device=device))
+
+
 @pytest.mark.parametrize("d", [9, 16, 24, 32, 88, 96, 127, 160, 192, 255, 256])
 @implementations()
 def test_other_head_dims(where, dtype, d):
