@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import BF16, F32, F64, assert_parity, compiled_dtypes, layer_norm_inputs, randn
+from parity import BF16, F16, F32, F64, assert_parity, compiled_dtypes, layer_norm_inputs, randn
 from test_packed import CHANGES, tokens
 from test_packed import blocks as blocks_of_packed
 from vitriton.kernels import compiled, layer_norm_linear, native, native_attention, packed, use_backend
+from vitriton.kernels.blocks import feed_forward_block
 from vitriton.kernels.reference import compare
 from vitriton.vit import Transformer, ViT, fuse, record_attention, unfuse
 
@@ -166,6 +167,41 @@ def test_training_and_inference_give_the_same_bits(dtype, activation):
     with torch.no_grad():
         assert y.requires_grad and torch.equal(layer_norm_linear(*inputs.values(), activation=activation), y)
         assert torch.equal(native.layer_norm_linear_inference(*inputs.values(), 1e-5, activation), y)
+
+
+@compiled_dtypes
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("n", [192, 130])
+def test_what_feed_forward_leaves_for_its_backward_pass(n, activation, dtype):
+    """In whole panels: what stands before and behind GELU, and y, in the bits of one Linear after the other."""
+    x, norm_weight, norm_bias, weight, bias, *second = feed_forward_inputs((3, 150), n, 72, dtype)
+    parts = x, norm_weight, norm_bias, weight, bias
+    left = native.feed_forward_training(*parts, *second, activation=activation, eps=1e-5)
+    if n % 64:
+        assert left is None
+        return
+    y, z, hidden = left
+    assert torch.equal(z, native.layer_norm_linear_inference(*parts, 1e-5))
+    assert torch.equal(hidden, native.layer_norm_linear_inference(*parts, 1e-5, activation))
+    assert torch.equal(y, packed.linear(hidden, *second))
+    block = native.compiled_feed_forward(*parts, *second, activation=activation, eps=1e-5)
+    assert torch.equal(y, compiled.blocks(x, [block]))
+
+
+@compiled_dtypes
+def test_gradients_of_feed_forward(dtype):
+    if dtype == F16:
+        pytest.skip("blocks in fp16 train one function after the other")
+    names = ("x", "norm_weight", "norm_bias", "weight", "bias", "out_weight", "out_bias")
+    inputs = [t.requires_grad_() for t in feed_forward_inputs((3, 150), 192, 72, dtype)]
+    grad = randn(3, 150, 72, dtype=dtype)
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    golds = torch.autograd.grad(feed_forward(*doubles), doubles, grad.double())
+    bases = torch.autograd.grad(feed_forward(*inputs), inputs, grad)
+    y = feed_forward_block(*inputs, activation="gelu", eps=1e-5, dtype=dtype)
+    for name, found, base, gold in zip(names, torch.autograd.grad(y, inputs, grad), bases, golds, strict=True):
+        error = compare(name, found, base, gold, k=3)
+        assert error, str(error)
 
 
 @compiled_dtypes
