@@ -126,7 +126,7 @@ def index(found):
         machine, inference = runs["cost"]["machine"], records_of(runs, *MODELS)
         old = any(run["machine"].get("source") != source() for run in runs.values())
         parts.append(
-            f"**[{machine['device']}]({folder.name}/README.md)**, {runs['cost']['machine']['date']}"
+            f"**[{machine['device']}]({folder.name}/README.md)**, {machine['date']}"
             f"{', with earlier sources of vitriton' if old else ''}. {summary(inference) if inference else ''}"
         )
     return "\n\n".join(parts) + "\n"

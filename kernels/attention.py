@@ -92,22 +92,9 @@ def _fwd_queries(
     rows = tl.arange(0, M)
     # Rows of a tile of 16 are shared by warps: 16 sums a row let two of them keep their own.
     q0, q1, acc0, acc1, row_max, row_sum = _fwd_start(
-        q_ptr,
-        rows,
-        NQ,
-        stride_qn,
-        stride_qd,
-        MASK_M,
-        16 if M == 16 else SUMS,
-        NEGATE,
-        D,
-        D0,
-        D1,
-        DV,
-        ALIGN,
-        OFFSET,
-        ACC,
-    )
+        q_ptr, rows, NQ, stride_qn, stride_qd, MASK_M, 16 if M == 16 else SUMS, NEGATE,
+        D, D0, D1, DV, ALIGN, OFFSET, ACC,
+    )  # fmt: skip
     if SIDE_M > 0:
         side = M + tl.arange(0, SIDE_M)
         side_q0, side_q1, side_acc0, side_acc1, side_max, side_sum = _fwd_start(

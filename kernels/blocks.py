@@ -57,7 +57,7 @@ def _without_autocast():
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        return _forward(ctx, _attention, *args)
+        return _forward(ctx, None, _attention, *args)
 
     @staticmethod
     def backward(ctx, grad):
@@ -67,32 +67,32 @@ class _AttentionBlock(torch.autograd.Function):
 class _FeedForwardBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        return _forward(ctx, _gelu, *args)
+        return _forward(ctx, native.feed_forward_training, _gelu, *args)
 
     @staticmethod
     def backward(ctx, grad):
         return _backward(ctx, grad, _gelu_backward, _gelu_formula)
 
 
-def _forward(ctx, between, dtype, eps, how, *inputs):
-    """y; between(z, how, last weight, last bias) gives what the last Linear takes, and what is kept for backward."""
+def _forward(ctx, whole, between, dtype, eps, how, *inputs):
+    """y; between(z, how, last weight, last bias) gives what the last Linear takes, and what is kept for backward.
+
+    whole, or None, makes all of it: y, what is kept, and what the last Linear took; or None where it cannot.
+    """
     x, norm_weight, norm_bias, *parameters = inputs
     with _without_autocast():
         if dtype != x.dtype:
             parameters = [p if p is None else p.to(dtype) for p in parameters]
         weight, bias, out_weight, out_bias = parameters
-        whole = None
-        if between is _gelu and dtype == x.dtype:
-            whole = native.feed_forward_training(*inputs, activation=how, eps=eps)
-        if whole:
-            y, z, hidden = whole
-            kept = (z,)
-        elif dtype == x.dtype:
-            z = native.layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, may_pack=False)
+        found = whole(*inputs, activation=how, eps=eps) if whole and dtype == x.dtype else None
+        if found:
+            y, *kept, hidden = found
         else:
-            normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0].to(dtype)
-            z = linear(normed, weight, bias, may_pack=False)
-        if not whole:
+            if dtype == x.dtype:
+                z = native.layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, may_pack=False)
+            else:
+                normed = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)[0].to(dtype)
+                z = linear(normed, weight, bias, may_pack=False)
             hidden, kept = between(z, how, out_weight, out_bias)
             y = linear(hidden, out_weight, out_bias, may_pack=False)
     cast = (weight, out_weight) if dtype != x.dtype else ()

@@ -7,9 +7,9 @@
 // so that softmax needs no sum across a vector, and neither k nor v is transposed; and backward, after p again, with its
 // own sums,
 //     dpᵀ = v doutᵀ,  ds = p (dp - Σ p dp),  dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
-// All is in fp32; bf16 and fp16 are rounded when they are stored, and so are p and ds where pairs of bf16 are multiplied: if asked for,
-// the processor has that and dim is even. Sums are made of sums over CHUNK terms, so that their rounding errors do not grow with N. The bits depend
-// neither on the number of threads nor on the other heads.
+// All is in fp32; bf16 and fp16 are rounded when they are stored, and so are p and ds where pairs of bf16 are multiplied: if
+// asked for, the processor has that and dim is even. Sums are made of sums over CHUNK terms, so that their rounding errors
+// do not grow with N. The bits depend neither on the number of threads nor on the other heads.
 
 #include <atomic>
 

@@ -4,13 +4,12 @@
 //     feed forward   y = Linear(GELU(Linear(LayerNorm(x)))) [+ x]
 //
 // and what they are made of, act(norm(x) wᵀ + b) and one more Linear of that; and a b and aᵀ b, which are the gradients of
-// a Linear's x and weight. Threads share out the rows; what lies
-// between two products stays in a thread's cache. A product reads a weight (N,K) where it lies: a chunk of K and a panel
-// of WIDE of its rows at a time are transposed into the nearest cache, and used for all rows of a thread's part, up to
-// MOST_ROWS, by tiles of R rows. So there is no copy of a weight that a change of it would make stale. Both are taken as
-// Units of 32 bits: one fp32, which bf16 and fp16 are widened to on the way, or a pair of bf16. Sums are in fp32, and rounded where
-// a block would store them. The bits do not depend on the number of threads, and on the number of rows only in whether
-// these are FEW_ROWS.
+// a Linear's x and weight. Threads share out the rows; what lies between two products stays in a thread's cache. A product
+// reads a weight (N,K) where it lies: a chunk of K and a panel of WIDE of its rows at a time are transposed into the
+// nearest cache, and used for all rows of a thread's part, up to MOST_ROWS, by tiles of R rows. So there is no copy of a
+// weight that a change of it would make stale. Both are taken as Units of 32 bits: one fp32, which bf16 and fp16 are
+// widened to on the way, or a pair of bf16. Sums are in fp32, and rounded where a block would store them. The bits do not
+// depend on the number of threads, and on the number of rows only in whether these are FEW_ROWS.
 
 #include <atomic>
 #include <type_traits>
@@ -391,7 +390,9 @@ static int attend(const Forward* f) {
 
 template <class T, class Unit>
 static int attention(const Block& block, const T* x, const T* residual, T* y, const Blocks& f) {
-  const Linears &l = block.linears, first{l.norm_weight, l.norm_bias, l.first, {}, nullptr, nullptr, nullptr, nullptr, l.eps, NONE};
+  const Linears& l = block.linears;
+  Linears first{l.norm_weight, l.norm_bias, l.first}, last{nullptr, nullptr, l.second};  // the rest is 0
+  first.eps = l.eps;
   const int64_t rows = f.batches * f.tokens, wide = l.first.n, inner = wide / 3, dim = inner / block.heads;
   T *qkv = static_cast<T*>(f.between), *out = qkv + rows * wide;
   const auto of_heads = [&](T* t, int64_t width) { return Tensor{t, f.tokens * width, dim, width}; };
@@ -400,7 +401,7 @@ static int attention(const Block& block, const T* x, const T* residual, T* y, co
                   f.pairs, f.threads};
   return linears<T, Unit>(first, x, nullptr, qkv, rows, f.threads) ||
          attend<T>(&forward) ||
-         linears<T, Unit>({nullptr, nullptr, l.second, {}, nullptr, nullptr, nullptr, nullptr, 0, NONE}, out, residual, y, rows, f.threads);
+         linears<T, Unit>(last, out, residual, y, rows, f.threads);
 }
 
 template <class T, class Unit>

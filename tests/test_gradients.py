@@ -1,9 +1,5 @@
 """The products of a Linear's backward pass on a CPU: values and bits of each way, and the choice between them."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from parity import BF16, F32, F64, compiled_dtypes, randn
@@ -111,14 +107,3 @@ def test_a_way_that_cannot_run_raises(monkeypatch):
     with pytest.raises(RuntimeError, match="'compiled', which cannot run: there is no compiler"):
         gradients.choice(F32, 768, 192)
     assert gradients.choice(F64, 768, 192).way == "pytorch"
-
-
-def test_the_environment_variable_chooses():
-    code = "from vitriton.kernels import gradients; print(gradients.forced)"
-
-    def python(value):
-        environment = os.environ | {gradients.VARIABLE: value}
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-
-    assert python("onednn").stdout == "onednn\n"
-    assert "is 'mkl'; allowed are 'auto', 'pytorch', 'onednn', 'compiled'" in python("mkl").stderr

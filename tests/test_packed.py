@@ -16,7 +16,7 @@ import threading
 import pytest
 import torch
 from torch import nn
-from vitriton.kernels import compiled, layer_norm_linear, packed, use_backend
+from vitriton.kernels import compiled, gradients, layer_norm_linear, native_attention, packed, use_backend
 from vitriton.kernels.ops import linear
 from vitriton.kernels.reference import compare
 from vitriton.vit import Attention, FeedForward, PreNorm, fuse
@@ -412,12 +412,22 @@ def test_a_forced_choice_that_cannot_run_raises(monkeypatch):
         packed._choice.cache_clear()
 
 
-def test_the_environment_variable_chooses():
-    code = "from vitriton.kernels import packed; print(packed.forced)"
+@pytest.mark.parametrize(
+    ("module", "value", "allowed"),
+    [
+        (packed, "onednn", "'auto', 'pytorch', 'onednn', 'packed', 'trusted'"),
+        (gradients, "onednn", "'auto', 'pytorch', 'onednn', 'compiled'"),
+        (native_attention, "flash", "'auto', 'flash', 'products', 'compiled'"),
+        (compiled, "fp32", "'auto', 'pairs', 'fp32'"),
+    ],
+)
+def test_the_environment_variable_chooses(module, value, allowed):
+    name = module.__name__.rpartition(".")[2]
+    code = f"from vitriton.kernels import {name}; print({name}.forced)"
 
     def python(value):
-        environment = os.environ | {packed.VARIABLE: value}
+        environment = os.environ | {module.VARIABLE: value}
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
-    assert python("onednn").stdout == "onednn\n"
-    assert "is 'mkl'; allowed are 'auto', 'pytorch', 'onednn', 'packed', 'trusted'" in python("mkl").stderr
+    assert python(value).stdout == f"{value}\n"
+    assert f"is 'mkl'; allowed are {allowed}" in python("mkl").stderr
