@@ -133,7 +133,7 @@ static int forward(const Forward& f) {
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(f.threads)
   {
-    Scratch scratch(2 * f.keys * width + C * L * (2 * width + f.keys));
+    Scratch scratch(kept, 2 * f.keys * width + C * L * (2 * width + f.keys));
     if (scratch.memory == nullptr) failed = 1;
     float *k = scratch.take(f.keys * width), *v = scratch.take(f.keys * width);
     float *p = scratch.take(C * L * f.keys), *out = scratch.take(C * L * width), *q = scratch.take(C * L * width);
@@ -192,7 +192,7 @@ static int backward(const Backward& f) {
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(f.threads)
   {
-    Scratch scratch((E == 2 ? 5 : 4) * f.keys * width + C * L * ((E == 2 ? 3 : 2) * f.keys + 5 * width));
+    Scratch scratch(kept, (E == 2 ? 5 : 4) * f.keys * width + C * L * ((E == 2 ? 3 : 2) * f.keys + 5 * width));
     if (scratch.memory == nullptr) failed = 1;
     float *k = scratch.take(f.keys * width), *v = scratch.take(f.keys * width);
     float* k_rows = E == 2 ? scratch.take(f.keys * width) : k;

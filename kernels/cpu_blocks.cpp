@@ -3,13 +3,16 @@
 //     attention      y = Linear(attention(Linear(LayerNorm(x)))) [+ x]
 //     feed forward   y = Linear(GELU(Linear(LayerNorm(x)))) [+ x]
 //
-// and what they are made of, act(norm(x) wᵀ + b) and one more Linear of that; and a b and aᵀ b, which are the gradients of
-// a Linear's x and weight. Threads share out the rows; what lies between two products stays in a thread's cache. A product
-// reads a weight (N,K) where it lies: a chunk of K and a panel of WIDE of its rows at a time are transposed into the
-// nearest cache, and used for all rows of a thread's part, up to MOST_ROWS, by tiles of R rows. So there is no copy of a
-// weight that a change of it would make stale. Both are taken as Units of 32 bits: one fp32, which bf16 and fp16 are
-// widened to on the way, or a pair of bf16. Sums are in fp32, and rounded where a block would store them. The bits do not
+// and what they are made of, act(norm(x) wᵀ + b) and one more Linear of that; and a b and aᵀ b, which are the
+// gradients of a Linear's x and weight. A product reads a weight (N,K) where it lies: a chunk of K and a panel of
+// WIDE of its rows at a time are transposed into the nearest cache, and used for a group of rows, up to MOST_ROWS,
+// by tiles of R rows. So there is no copy of a weight that a change of it would make stale. A thread has a group for
+// itself, and what lies between two products stays in its cache; or, where it would transpose too much for too few
+// rows, it shares one with others. Both are taken as Units of 32 bits: one fp32, which bf16 and fp16 are widened to
+// on the way, or a pair of bf16. Sums are in fp32, and rounded where a block would store them. The bits do not
 // depend on the number of threads, and on the number of rows only in whether these are FEW_ROWS.
+
+#include <omp.h>
 
 #include <atomic>
 #include <type_traits>
@@ -17,7 +20,7 @@
 #include "cpu_attention.h"
 #include "cpu_vectors.h"
 
-constexpr int64_t MOST_CHUNK = 128, SPAN = 768, MOST_ROWS = 402, FEW_ROWS = 512, WIDE = C * L;
+constexpr int64_t MOST_CHUNK = 128, SPAN = 768, MOST_ROWS = 402, FEW_ROWS = 512, WIDE = C * L, EXCHANGE = 2;
 
 extern "C" {
 
@@ -116,46 +119,67 @@ struct AsItLies {  // (depth, n), its last stride 1
   }
 };
 
-// finish(n, r, some, c) of each tile c (some, WIDE), rows from r and columns from n on of a b, some <= R. a (rows, units),
-// of which Units start to end are given here, those before being in c already: where rows of all of them do not stay in
-// cache, all panels get the sum over a SPAN of them before the next, c having room for them
+// Tiles `first` to `last` of a b, R rows from r and WIDE columns from n on each, in order of n, then of r
+struct Run {
+  int64_t first, last, rows;
+  bool shared;  // other threads wrote some of its rows
+  int64_t of_panel() const { return (rows + R - 1) / R; }
+};
+
+// brings `some` Units of rows nearer, which stand beside each other
+[[gnu::always_inline]] static inline void fetch_rows(const float* a, int64_t row_step, One, int64_t rows, int64_t some) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < some; i += 64 / sizeof *a) __builtin_prefetch(a + r * row_step + i, 0, 3);
+}
+static inline void fetch_rows(const float*, int64_t, int64_t, int64_t, int64_t) {}
+
+// finish(n, r, some, c) of each tile c (some, WIDE) of a run, some <= R. a (rows, units), of which Units start to
+// end are given here, those before being in c already: where rows of all of them do not stay in cache, all panels
+// get the sum over a SPAN of them before the next, c having room for them
 template <class Unit, class B, class Step, class Finish>
-static void span(const float* a, int64_t row_step, Step step, int64_t rows, const B& b, int64_t start, int64_t units,
+static void span(const float* a, int64_t row_step, Step step, Run run, const B& b, int64_t start, int64_t units,
                  int64_t chunk, float* panel, float* c, Finish finish) {
-  const int64_t end = std::min(start + SPAN, units);
-  for (int64_t n = 0; n < b.n; n += WIDE) {
-    float* sums = units > SPAN ? c + n * rows : c;
+  const int64_t end = std::min(start + SPAN, units), tiles = run.of_panel();
+  for (int64_t t = run.first; t < run.last;) {
+    const int64_t n = t / tiles * WIDE, r_first = t % tiles * R, some_tiles = std::min(run.last - t, tiles - t % tiles);
+    const int64_t r_last = std::min(r_first + some_tiles * R, run.rows);
+    float* sums = units > SPAN ? c + (t - run.first) * R * WIDE : c;
     for (int64_t i = start; i < end; i += chunk) {
       const int64_t some = std::min(chunk, end - i);
       b.fill(n, i, some, panel);
-      for (int64_t r = 0; r < rows; r += R) {
-        const int64_t count = std::min<int64_t>(R, rows - r);
+      for (int64_t r = r_first; r < r_last; r += R) {
+        const int64_t count = std::min<int64_t>(R, r_last - r);
+        float* to = sums + (r - r_first) * WIDE;
         if (i + some < end)
-          b.fetch(n, i + some, std::min(chunk, end - i - some), r, rows);
+          b.fetch(n, i + some, std::min(chunk, end - i - some), r - r_first, r_last - r_first);
         else
-          b.fetch(n + WIDE, start, std::min(chunk, end - start), r, rows);
-        tile_of<Unit, R, C>(count, C, a + r * row_step + (i - start) * step, row_step, step, panel, WIDE, some,
-                            sums + r * WIDE, WIDE, i > 0);
-        if (i + some == units) finish(n, r, count, sums + r * WIDE);
+          b.fetch(n + WIDE, start, std::min(chunk, end - start), r - r_first, r_last - r_first);
+        const float* left = a + r * row_step + (i - start) * step;
+        if (run.shared && t == run.first) {  // they come from another core's cache
+          if (r + R < r_last)
+            fetch_rows(left + R * row_step, row_step, step, std::min<int64_t>(R, r_last - r - R), some);
+          else if (i + some < end)
+            fetch_rows(left + (r_first - r) * row_step + some * step, row_step, step, R, some);
+        }
+        tile_of<Unit, R, C>(count, C, left, row_step, step, panel, WIDE, some, to, WIDE, i > 0);
+        if (i + some == units) finish(n, r, count, to);
       }
     }
+    t += some_tiles;
   }
 }
 
-// the same of a wᵀ, a (rows, k)
+// the same of a wᵀ, a (rows, k), whose row_step is in Units
 template <class T, class Unit, class Finish>
-static void panels(const Held<T, Unit>* a, int64_t rows, const Linear& w, int64_t chunk, float* panel, float* c,
+static void panels(const float* a, int64_t row_step, Run run, const Linear& w, int64_t chunk, float* panel, float* c,
                    Finish finish) {
   const int64_t units = w.k / Unit::elements;
   const Transposed<T, Unit> b(w);
   for (int64_t start = 0; start < units; start += SPAN)
-    span<Unit>(reinterpret_cast<const float*>(a) + start, units, One(), rows, b, start, units, chunk, panel, c, finish);
+    span<Unit>(a + start, row_step, One(), run, b, start, units, chunk, panel, c, finish);
 }
 
 static int64_t in_panels(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
-
-// of c above, the floats a row
-static int64_t sums_of_row(int64_t units, int64_t n) { return units > SPAN ? in_panels(n) : WIDE; }
 
 // x Φ(x), Φ right to 3e-8 before rounding; beyond 5.4 Φ is 0 or 1
 static inline vec gelu(vec x) {
@@ -198,14 +222,14 @@ static inline void store_rounded(To* p, vec x) {
 }
 
 // to (rows, wide) = act(c + bias) [+ residual (rows, wide)], rounded to T, in columns n to n + WIDE; bias has room for
-// them. z and copy (rows, wide), or null, take c + bias, and to once more
+// them. z and copy (rows, wide), or null, take c + bias, and to once more. The step of to's rows is its own
 template <class T, class To, class Act>
 static inline void finish_tile(const float* bias, int64_t wide, int64_t n, const float* c, int64_t rows,
-                               const To* residual, To* to, T* z, T* copy, Act act) {
+                               const To* residual, To* to, int64_t to_step, T* z, T* copy, Act act) {
   const int64_t columns = std::min(WIDE, wide - n);
   for (int64_t r = 0; r < rows; r++) {
     To some[WIDE] = {};
-    To* y = columns == WIDE ? to + r * wide + n : some;
+    To* y = columns == WIDE ? to + r * to_step + n : some;
     const To* x = residual == nullptr ? nullptr : residual + r * wide + n;
     if (x != nullptr && y == some) x = static_cast<To*>(memcpy(some, x, columns * sizeof(To)));
     for (int64_t j = 0; j < WIDE; j += L) {
@@ -214,19 +238,21 @@ static inline void finish_tile(const float* bias, int64_t wide, int64_t n, const
       if (copy != nullptr) store(copy + r * wide + n + j, v);
       store_rounded<T>(y + j, x == nullptr ? v : rounded<T>(v) + load(x + j));
     }
-    if (y == some) memcpy(to + r * wide + n, some, columns * sizeof(To));
+    if (y == some) memcpy(to + r * to_step + n, some, columns * sizeof(To));
   }
 }
 
-template <class T, class To>
-static void finish(int activation, const float* bias, int64_t wide, int64_t n, const float* c, int64_t rows,
-                   const To* residual, To* to, T* z = nullptr, T* copy = nullptr) {
+template <class T, class To>  // by itself the compiler finds registers for it, as for tile and transpose
+[[gnu::noinline]] static void finish(int activation, const float* bias, int64_t wide, int64_t n, const float* c,
+                                     int64_t rows, const To* residual, To* to, int64_t to_step, T* z = nullptr,
+                                     T* copy = nullptr) {
   if (activation == GELU)
-    finish_tile<T>(bias, wide, n, c, rows, residual, to, z, copy, [](vec x) { return gelu(rounded<T>(x)); });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, to_step, z, copy, [](vec x) { return gelu(rounded<T>(x)); });
   else if (activation == GELU_TANH)
-    finish_tile<T>(bias, wide, n, c, rows, residual, to, z, copy, [](vec x) { return gelu_tanh(rounded<T>(x)); });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, to_step, z, copy,
+                   [](vec x) { return gelu_tanh(rounded<T>(x)); });
   else
-    finish_tile<T>(bias, wide, n, c, rows, residual, to, z, copy, [](vec x) { return x; });
+    finish_tile<T>(bias, wide, n, c, rows, residual, to, to_step, z, copy, [](vec x) { return x; });
 }
 
 // to (room): v (n), or 0
@@ -235,103 +261,161 @@ static void widen_all(const void* v, int64_t n, int64_t room, float* to) {
   for (int64_t i = 0; i < room; i++) to[i] = v != nullptr && i < n ? widen(static_cast<const T*>(v)[i]) : 0;
 }
 
-// to = LayerNorm of x (rows, k), rounded to T. gamma, beta and row have room for k in whole vectors, gamma and beta are 0
+// to = LayerNorm of x (k), rounded to T. gamma, beta and row have room for k in whole vectors, gamma and beta are 0
 // there
 template <class T, class To>
-static void layer_norm(const T* x, int64_t rows, int64_t k, const float* gamma, const float* beta, float eps, float* row,
-                       To* to, float* means, float* rstds) {
+static void layer_norm(const T* x, int64_t k, const float* gamma, const float* beta, float eps, float* row, To* to,
+                       float* mean_of_row, float* rstd_of_row) {
   const int64_t whole = k / L * L, width = (k + L - 1) / L * L;
-  vec rest = {};
+  vec rest = {}, sum = {}, squares = {};
   for (int64_t l = 0; l < k - whole; l++) rest[l] = 1.0f;
-  for (int64_t r = 0; r < rows; r++, x += k, to += k) {
-    vec sum = {}, squares = {};
-    for (int64_t j = 0; j < whole; j += L) {
-      const vec v = load(x + j);
-      store(row + j, v);
-      sum += v;
-    }
-    for (int64_t j = whole; j < width; j++) row[j] = j < k ? widen(x[j]) : 0;
-    if (whole < width) sum += load(row + whole);
-    const float mean = total(sum) / k;
-    sum = vec{};
-    for (int64_t j = 0; j < width; j += L) {  // of x - mean, which takes away what rounding of a large mean leaves
-      const vec v = (load(row + j) - mean) * (j < whole ? all(1.0f) : rest);
-      store(row + j, v);
-      sum += v;
-      squares += v * v;
-    }
-    const float deviation = total(sum) / k;
-    const float rstd = 1.0f / std::sqrt(std::max(total(squares) / k - deviation * deviation, 0.0f) + eps);
-    if (means != nullptr) means[r] = mean + deviation, rstds[r] = rstd;
-    for (int64_t j = 0; j < width; j += L) {
-      const vec v = (load(row + j) - deviation) * rstd * load(gamma + j) + load(beta + j);
-      To some[L];
-      store_rounded<T>(j < whole ? to + j : some, v);
-      if (j == whole) memcpy(to + j, some, (k - whole) * sizeof(To));
-    }
+  for (int64_t j = 0; j < whole; j += L) {
+    const vec v = load(x + j);
+    store(row + j, v);
+    sum += v;
+  }
+  for (int64_t j = whole; j < width; j++) row[j] = j < k ? widen(x[j]) : 0;
+  if (whole < width) sum += load(row + whole);
+  const float mean = total(sum) / k;
+  sum = vec{};
+  for (int64_t j = 0; j < width; j += L) {  // of x - mean, which takes away what rounding of a large mean leaves
+    const vec v = (load(row + j) - mean) * (j < whole ? all(1.0f) : rest);
+    store(row + j, v);
+    sum += v;
+    squares += v * v;
+  }
+  const float deviation = total(sum) / k;
+  const float rstd = 1.0f / std::sqrt(std::max(total(squares) / k - deviation * deviation, 0.0f) + eps);
+  if (mean_of_row != nullptr) *mean_of_row = mean + deviation, *rstd_of_row = rstd;
+  for (int64_t j = 0; j < width; j += L) {
+    const vec v = (load(row + j) - deviation) * rstd * load(gamma + j) + load(beta + j);
+    To some[L];
+    store_rounded<T>(j < whole ? to + j : some, v);
+    if (j == whole) memcpy(to + j, some, (k - whole) * sizeof(To));
   }
 }
 
-// so many that each thread gets as many as the others, of MOST_ROWS at most
-static int64_t parts_of(int64_t rows, int64_t threads) {
-  const int64_t tiles = (rows + R - 1) / R, most = MOST_ROWS / R * threads;
-  return std::min(tiles, threads * ((tiles + most - 1) / most));
-}
+// a step for rows of so many Units: an odd number of lines of cache, as rows at steps of a large power of 2 would
+// take each other's place there
+static int64_t padded(int64_t units) { return ((units + 15) / 16 | 1) * 16; }
+
+// How threads share out rows: in groups of MOST_ROWS at most, in rounds of one for each thread, or of fewer
+struct Groups {
+  int64_t rows, threads, tiles, count;
+  // A group has each weight transposed once, by its threads together, each of which reads what the others made of its
+  // rows: `read` numbers a row, which take EXCHANGE times as long as those of `weights`
+  Groups(int64_t rows, int64_t threads, int64_t weights, int64_t read)
+      : rows(rows), threads(threads), tiles((rows + R - 1) / R), count((tiles + MOST_ROWS / R - 1) / (MOST_ROWS / R)) {
+    while (count < threads && count * (count + 1) * weights < EXCHANGE * threads * rows * read) count++;
+    if (count > threads) count = (count + threads - 1) / threads * threads;
+    count = std::min(count, tiles);
+  }
+  int64_t of_round() const { return std::min(count, threads); }
+  int64_t rounds() const { return (count + threads - 1) / threads; }
+  bool apart() const { return count % threads == 0; }  // each group is one thread's
+  int64_t start(int64_t group) const { return rows * group / count; }
+  int64_t most_rows() const { return ((rows + count - 1) / count + R - 1) / R * R; }  // of a group, in whole tiles
+  // numbers that a thread holds of sums for (rows, n)
+  int64_t most_sums(int64_t n, int64_t units) const {
+    const int64_t panel = most_rows() * WIDE;
+    return units > SPAN ? (in_panels(n) / WIDE * panel * of_round() + threads) / threads + R * WIDE : panel;
+  }
+
+  // work(first row, place in its round, run) for each group that a thread has a run of, which is its even share of all
+  // tiles of `panels`
+  template <class Work>
+  void share(int64_t round, int64_t thread, int64_t panels, Work work) const {
+    const int64_t from = thread * of_round(), to = from + of_round();  // `threads` of this unit are a group
+    for (int64_t g = from / threads; g * threads < to; g++) {
+      const int64_t group = g * rounds() + round;  // so that a thread's groups stand beside each other
+      const int64_t first = start(group), some = start(group + 1) - first;
+      const int64_t all = panels * ((some + R - 1) / R);
+      const auto at = [&](int64_t x) { return all * std::clamp<int64_t>(x - g * threads, 0, threads) / threads; };
+      if (at(from) < at(to)) work(first, g, Run{at(from), at(to), some, !apart()});
+    }
+  }
+};
 
 // y = the linears of x [+ residual]; residual, and x with a norm before it, may be y
 template <class T, class Unit>
-static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y, int64_t all_rows, int threads) {
+static int linears(const Linears& f, const T* x, const T* residual, T* y, int64_t rows, int threads) {
   using H = Held<T, Unit>;
-  const bool norm = f.norm_weight != nullptr, held = norm || !std::is_same<T, H>::value, two = f.second.weight != nullptr;
+  constexpr int64_t E = Unit::elements;
+  const bool norm = f.norm_weight != nullptr, held = norm || !std::is_same<T, H>::value;
+  const bool two = f.second.weight != nullptr;
   const Linear& last = two ? f.second : f.first;
-  const int64_t k = f.first.k, width = (k + L - 1) / L * L, parts = parts_of(all_rows, threads);
-  const int64_t rows = (all_rows + parts - 1) / parts;  // of a part, at most
-  const int64_t chunk = all_rows < FEW_ROWS ? MOST_CHUNK / 2 : MOST_CHUNK;  // fewer rows of a, too, are then near
-  const int64_t sums = std::max(sums_of_row(k / Unit::elements, f.first.n), sums_of_row(last.k / Unit::elements, last.n));
+  const int64_t k = f.first.k, n = f.first.n, width = (k + L - 1) / L * L;
+  const int64_t chunk = rows < FEW_ROWS ? MOST_CHUNK / 2 : MOST_CHUNK;  // fewer rows of a, too, are then near
+  const Groups groups(rows, threads, k * n + two * n * last.n, k + two * 2 * n + last.n);
+  const int64_t sums = std::max(groups.most_sums(n, k / E), groups.most_sums(last.n, last.k / E));
+  const int64_t left_step = held ? padded(k / E) : k / E, hidden_step = two * padded(n / E);
+  const int64_t left_group = held * groups.most_rows() * left_step, hidden_group = groups.most_rows() * hidden_step;
+  Scratch shared(kept_for_all, groups.of_round() * (left_group + hidden_group), threads);
+  float *left = shared.take(groups.of_round() * left_group), *hidden = shared.take(groups.of_round() * hidden_group);
+  if (shared.memory == nullptr) return 1;
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch(MOST_CHUNK * WIDE + rows * sums + 3 * width + in_panels(f.first.n) + in_panels(last.n) + rows * (held * width + two * f.first.n));
-    if (scratch.memory == nullptr) failed = 1;
-    float *panel = scratch.take(MOST_CHUNK * WIDE), *c = scratch.take(rows * sums);
+    Scratch scratch(kept, MOST_CHUNK * WIDE + sums + 3 * width + in_panels(n) + in_panels(last.n));
+    float *panel = scratch.take(MOST_CHUNK * WIDE), *c = scratch.take(sums);
     float *gamma = scratch.take(width), *beta = scratch.take(width), *row = scratch.take(width);
-    float *bias = scratch.take(in_panels(f.first.n)), *second_bias = scratch.take(in_panels(last.n));
-    H* left = reinterpret_cast<H*>(scratch.take(rows * held * width));
-    H* hidden = reinterpret_cast<H*>(scratch.take(rows * two * f.first.n));
+    float *bias = scratch.take(in_panels(n)), *last_bias = scratch.take(in_panels(last.n));
     if (scratch.memory != nullptr) {
       if (norm) widen_all<T>(f.norm_weight, k, width, gamma), widen_all<T>(f.norm_bias, k, width, beta);
-      widen_all<T>(f.first.bias, f.first.n, in_panels(f.first.n), bias);
-      if (two) widen_all<T>(f.second.bias, last.n, in_panels(last.n), second_bias);
+      if (two) widen_all<T>(f.first.bias, n, in_panels(n), bias);
+      widen_all<T>(last.bias, last.n, in_panels(last.n), last_bias);
+    } else {
+      failed = 1;
     }
-#pragma omp for schedule(static)
-    for (int64_t part = 0; part < parts; part++) {
-      if (scratch.memory == nullptr) continue;
-      const int64_t start = all_rows * part / parts, count = all_rows * (part + 1) / parts - start;
-      const T *x = all_x + start * k, *added = residual == nullptr ? nullptr : residual + start * last.n;
-      T* y = all_y + start * last.n;
-      if (norm)
-        layer_norm(x, count, k, gamma, beta, f.eps, row, left, f.mean ? f.mean + start : nullptr, f.rstd + start);
-      else if (held)
-        for (int64_t i = 0; i < count * k; i++) narrow(widen(x[i]), left + i);
-      const H* a = held ? left : reinterpret_cast<const H*>(x);
-      const auto to_y = [&](const float* bias, int activation) {
-        return [=](int64_t n, int64_t r, int64_t some, const float* c) {
-          finish<T>(activation, bias, last.n, n, c, some, added == nullptr ? nullptr : added + r * last.n, y + r * last.n);
-        };
-      };
-      T* z = f.z == nullptr ? nullptr : static_cast<T*>(f.z) + start * f.first.n;
-      T* copy = f.hidden == nullptr ? nullptr : static_cast<T*>(f.hidden) + start * f.first.n;
-      const auto to_hidden = [&](int64_t n, int64_t r, int64_t some, const float* c) {
-        const int64_t at = r * f.first.n;
-        finish<T, H>(f.activation, bias, f.first.n, n, c, some, nullptr, hidden + at, z ? z + at : z,
-                     copy ? copy + at : copy);
-      };
-      if (two) {
-        panels<T, Unit>(a, count, f.first, chunk, panel, c, to_hidden);
-        panels<T, Unit>(hidden, count, f.second, chunk, panel, c, to_y(second_bias, NONE));
-      } else {
-        panels<T, Unit>(a, count, f.first, chunk, panel, c, to_y(bias, f.activation));
+    const auto wait = [&] {
+      if (!groups.apart()) {
+#pragma omp barrier
       }
+    };
+    const auto share = [&](int64_t round, int64_t columns, auto work) {
+      for (int64_t thread = omp_get_thread_num(); thread < threads; thread += omp_get_num_threads())
+        groups.share(round, thread, in_panels(columns) / WIDE, work);
+      wait();
+    };
+    wait();
+    for (int64_t round = 0; round < groups.rounds() && !failed; round++) {
+      if (held)
+        share(round, 1, [&](int64_t first, int64_t group, Run run) {
+          H* to = reinterpret_cast<H*>(left + group * left_group);
+          const int64_t end = std::min(run.last * R, run.rows), step = left_step * E;
+          for (int64_t r = run.first * R; r < end; r++) {
+            const int64_t at = first + r;
+            if (norm)
+              layer_norm(x + at * k, k, gamma, beta, f.eps, row, to + r * step, f.mean ? f.mean + at : nullptr,
+                         f.rstd + at);
+            else
+              for (int64_t i = 0; i < k; i++) narrow(widen(x[at * k + i]), to + r * step + i);
+          }
+        });
+      const auto left_of = [&](int64_t first, int64_t group) {
+        return held ? left + group * left_group : reinterpret_cast<const float*>(x + first * k);
+      };
+      if (two)
+        share(round, n, [&](int64_t first, int64_t group, Run run) {
+          H* to = reinterpret_cast<H*>(hidden + group * hidden_group);
+          T *z = static_cast<T*>(f.z), *copy = static_cast<T*>(f.hidden);
+          const int64_t step = hidden_step * E;
+          panels<T, Unit>(left_of(first, group), left_step, run, f.first, chunk, panel, c,
+                          [&](int64_t j, int64_t r, int64_t some, const float* c) {
+            const int64_t at = (first + r) * n;
+            finish<T, H>(f.activation, bias, n, j, c, some, nullptr, to + r * step, step, z ? z + at : z,
+                         copy ? copy + at : copy);
+          });
+        });
+      share(round, last.n, [&](int64_t first, int64_t group, Run run) {
+        const float* a = two ? hidden + group * hidden_group : left_of(first, group);
+        panels<T, Unit>(a, two ? hidden_step : left_step, run, last, chunk, panel, c,
+                        [&](int64_t j, int64_t r, int64_t some, const float* c) {
+          const int64_t at = (first + r) * last.n;
+          finish<T>(two ? int(NONE) : f.activation, last_bias, last.n, j, c, some, residual ? residual + at : nullptr,
+                    y + at, last.n);
+        });
+      });
     }
   }
   return failed;
@@ -340,26 +424,29 @@ static int linears(const Linears& f, const T* all_x, const T* residual, T* all_y
 template <class T, class Unit>
 static int multiply(const Product& f) {
   constexpr int E = Unit::elements;
-  const int64_t units = (f.depth + E - 1) / E, parts = parts_of(f.rows, f.threads), rows = (f.rows + parts - 1) / parts;
+  const int64_t units = (f.depth + E - 1) / E;
+  const Groups groups(f.rows, f.threads, 0, 1);  // b is only copied: a thread has rows for itself
+  const int64_t rows = groups.most_rows(), sums = rows * (units > SPAN ? in_panels(f.n) : WIDE);
   const bool held = f.transposed || !std::is_same<T, Held<T, Unit>>::value;
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(f.threads)
   {
-    const int64_t of_a = held ? rows * std::min(SPAN, units) : 0, sums = rows * sums_of_row(units, f.n);
-    Scratch scratch(MOST_CHUNK * WIDE + sums + of_a + in_panels(f.n));
+    const int64_t of_a = held ? rows * std::min(SPAN, units) : 0;
+    Scratch scratch(kept, MOST_CHUNK * WIDE + sums + of_a + in_panels(f.n));
     if (scratch.memory == nullptr) failed = 1;
     float *panel = scratch.take(MOST_CHUNK * WIDE), *c = scratch.take(sums), *left = scratch.take(of_a);
     float* zeros = scratch.take(in_panels(f.n));
     if (scratch.memory != nullptr) std::fill_n(zeros, in_panels(f.n), 0.0f);
     const AsItLies<T, Unit> b{static_cast<const T*>(f.b), f.row, f.depth, f.n};
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < parts; part++) {
+    for (int64_t group = 0; group < groups.count; group++) {
       if (scratch.memory == nullptr) continue;
-      const int64_t first = f.rows * part / parts, count = f.rows * (part + 1) / parts - first;
+      const int64_t first = groups.start(group), count = groups.start(group + 1) - first;
       const T* a = static_cast<const T*>(f.a) + first * (f.transposed ? 1 : f.depth);
       T* y = static_cast<T*>(f.c) + first * f.n;
+      const Run run{0, in_panels(f.n) / WIDE * ((count + R - 1) / R), count, false};
       const auto finish_rows = [&](int64_t n, int64_t r, int64_t some, const float* c) {
-        finish<T, T>(NONE, zeros, f.n, n, c, some, nullptr, y + r * f.n);
+        finish<T, T>(NONE, zeros, f.n, n, c, some, nullptr, y + r * f.n, f.n);
       };
       for (int64_t start = 0; start < units; start += SPAN) {
         const int64_t some = std::min(SPAN, units - start);
@@ -370,9 +457,9 @@ static int multiply(const Product& f) {
             for (int64_t i = 0; i < some; i++) left[r * some + i] = widen(a[r * f.depth + start + i]);
         const float* from = held ? left : reinterpret_cast<const float*>(a) + start;
         if (f.transposed)
-          span<Unit>(from, 1, count, count, b, start, units, MOST_CHUNK, panel, c, finish_rows);
+          span<Unit>(from, 1, count, run, b, start, units, MOST_CHUNK, panel, c, finish_rows);
         else
-          span<Unit>(from, held ? some : units, One(), count, b, start, units, MOST_CHUNK, panel, c, finish_rows);
+          span<Unit>(from, held ? some : units, One(), run, b, start, units, MOST_CHUNK, panel, c, finish_rows);
       }
     }
   }

@@ -142,7 +142,7 @@ typedef std::integral_constant<int64_t, 1> One;
 
 // c (rows, ldc), of `columns` vectors, = or += Σ_i a[row * row_step + i * step] b[i] for i < n
 template <class Unit, int rows, int columns, class Step>
-static inline void tile(const float* a, int64_t row_step, Step step, const float* b, int64_t ldb, int64_t n,
+[[gnu::noinline]] static void tile(const float* a, int64_t row_step, Step step, const float* b, int64_t ldb, int64_t n,
                         float* c, int64_t ldc, bool add) {
   vec sums[rows][columns] = {};
   for (int64_t i = 0; i < n; i++) {
@@ -227,7 +227,8 @@ static inline void exchange(vec (&rows)[L]) {
 // to (units, wide), wide in whole vectors: the transpose of from (count, units), and columns of 0. bf16 is transposed in
 // pairs, and these are widened: half as many exchanges
 template <class T>
-static inline void transpose(const T* from, int64_t row, int64_t count, int64_t units, int64_t wide, float* to) {
+[[gnu::noinline]] static void transpose(const T* from, int64_t row, int64_t count, int64_t units, int64_t wide,
+                                        float* to) {
   constexpr int64_t E = std::is_same<T, uint16_t>::value ? 2 : 1;
   for (int64_t j = 0; j < wide; j += L)
     for (int64_t i = 0; i < units; i += E * L) {
@@ -267,20 +268,22 @@ struct Kept {
   }
   ~Kept() { std::free(memory); }
 };
-inline thread_local Kept kept;
-constexpr size_t MOST_KEPT = size_t(8) << 20;
+inline thread_local Kept kept, kept_for_all;  // for this thread, and for those that it has work
+constexpr size_t MOST_KEPT = size_t(8) << 20;  // for each thread
 
-// memory for floats, aligned to a vector; null where there is none. A thread has one at a time
+// memory for floats, aligned to a vector; null where there is none. A thread has one of a `kept` at a time
 struct Scratch {
+  Kept& kept;
+  size_t most;
   float *memory, *next;
-  explicit Scratch(int64_t floats) {
+  Scratch(Kept& kept, int64_t floats, int threads = 1) : kept(kept), most(threads * MOST_KEPT) {
     const size_t bytes = sizeof(float) * (floats + 16 * L);  // room for `take` to align
     if (bytes > kept.bytes) kept.resize(bytes);
     memory = static_cast<float*>(kept.memory);
     next = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 4 * L - 1) & ~uintptr_t(4 * L - 1));
   }
   ~Scratch() {
-    if (kept.bytes > MOST_KEPT) kept.resize(0);
+    if (kept.bytes > most) kept.resize(0);
   }
   float* take(int64_t floats) {
     float* taken = next;

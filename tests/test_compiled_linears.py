@@ -113,16 +113,17 @@ def _normed(inputs):
 
 
 @compiled_dtypes
-@pytest.mark.parametrize("n", [200, 800])
-def test_the_same_bits(n, dtype):
-    """In any layout, in any number of threads, one image alone and among others, but for how few rows there are."""
-    x, norm_weight, norm_bias, weight, bias, *second = feed_forward_inputs((2, n), 130, 72, dtype)
+@pytest.mark.parametrize(("n", "hidden"), [(200, 130), (800, 130), (40, 1700)])
+def test_the_same_bits(n, hidden, dtype):
+    """In any layout, in any number of threads, which share rows or not, one image alone and among others, but for how
+    few rows there are."""
+    x, norm_weight, norm_bias, weight, bias, *second = feed_forward_inputs((2, n), hidden, 72, dtype)
     y = of_block(x, norm_weight, norm_bias, weight, bias, *second)
     wide = torch.nn.functional.pad(weight, (2, 4))[:, 2:-4]
     again = of_block(x.transpose(0, 1), norm_weight, norm_bias, wide, bias, *second)
     assert torch.equal(again, y.transpose(0, 1))
     threads = torch.get_num_threads()
-    for number in (1, 3, 5):
+    for number in (1, 2, 3, 5, 8):
         torch.set_num_threads(number)
         try:
             again = of_block(x, norm_weight, norm_bias, weight, bias, *second)
