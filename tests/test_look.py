@@ -7,7 +7,6 @@ import pytest
 import torch
 from fused_blocks import randomise
 from libraries import library_model
-from vitriton.kernels import use_backend
 from vitriton.vit import ViT, attention_picture, checkpoint, demo, fuse, look, look_models, record_attention, vit_preset
 from vitriton.vit.cli import main
 from vitriton.vit.look import grid_of
@@ -15,13 +14,7 @@ from vitriton.vit.photo import dark_on_light, open_photo, pixels, prepared
 from vitriton.vit.picture import columns_for
 from vitriton.vit.rollout import patch_rollout, rollouts
 
-pytestmark = pytest.mark.usefixtures("unguarded")
-
-
-@pytest.fixture(autouse=True)
-def native():
-    with use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("unguarded", "native")
 
 
 def small_vit(**kwargs):
