@@ -1,24 +1,17 @@
 """Which implementation runs: Triton's kernels or the native path. This is the one place where a device chooses."""
 
-import os
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 
 from . import compiled, gradients, native_attention, packed
+from .choice import check_environment, from_environment
 from .launch import INTERPRET, chip_of, triton
 
 BACKENDS = ("auto", "triton", "native")
 
-
-def _check_backend(name, source):
-    if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
-    return name
-
-
-_backend = _check_backend(os.environ.get("VITRITON_BACKEND", "auto"), "the environment variable VITRITON_BACKEND")
+_backend = from_environment("VITRITON_BACKEND", BACKENDS)
 
 
 @contextmanager
@@ -30,7 +23,9 @@ def use_backend(name):
     Raises ValueError for an unknown name.
     """
     global _backend
-    previous, _backend = _backend, _check_backend(name, "use_backend's argument")
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend's argument is {name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+    previous, _backend = _backend, name
     try:
         yield
     finally:
@@ -38,7 +33,11 @@ def use_backend(name):
 
 
 def chosen_backend():
-    """The backend that `use_backend` or VITRITON_BACKEND chose."""
+    """The backend that `use_backend` or VITRITON_BACKEND chose.
+
+    Raises ValueError if an environment variable of vitriton's has a value that is not allowed: every call comes by.
+    """
+    check_environment()
     return _backend
 
 
@@ -94,14 +93,14 @@ def explain(*tensors):
 
     Raises RuntimeError, as the call would, if the backend that was chosen cannot run.
     """
-    x = tensors[0]
-    if takes_triton(_backend, x):
+    x, backend = tensors[0], chosen_backend()
+    if takes_triton(backend, x):
         how = "in its interpreter" if x.device.type == "cpu" else "on the GPU"
         passed_over = "the native path is passed over because Triton can run"
-        if _backend == "triton":
+        if backend == "triton":
             passed_over = "the native path is passed over because the backend 'triton' was chosen"
         return f"Triton, {how}{_tuned(x.device)}; {passed_over}"
-    why_not = "the backend 'native' was chosen" if _backend == "native" else why_not_triton(x.device, x.dtype)
+    why_not = "the backend 'native' was chosen" if backend == "native" else why_not_triton(x.device, x.dtype)
     said = f"native; Triton is passed over because {why_not}"
     if x.device.type == "cpu" and x.dtype.is_floating_point:
         said += "".join(f"; {of.in_words_for(x.dtype)}" for of in (packed, gradients, native_attention))

@@ -11,15 +11,29 @@ from functools import cache, wraps
 
 import torch
 
+_not_allowed = []  # what is wrong with environment variables, in words
+
 
 def from_environment(variable, allowed):
-    """The value of an environment variable, the first of `allowed` if it is not set. Raises ValueError for others."""
+    """The value of an environment variable, the first of `allowed` if it is not set.
+
+    It is that too for a value that is not allowed, for which check_environment raises: an import does not, so that the
+    command `vitriton` can say it in a line.
+    """
     name = os.environ.get(variable, allowed[0])
-    if name not in allowed:
-        raise ValueError(
-            f"the environment variable {variable} is {name!r}; allowed are {', '.join(map(repr, allowed))}"
-        )
-    return name
+    if name in allowed:
+        return name
+    _not_allowed.append(
+        f"the environment variable {variable} is {name!r}; allowed are {', '.join(map(repr, allowed))}: "
+        "set it to one of these, or unset it"
+    )
+    return allowed[0]
+
+
+def check_environment():
+    """Raise ValueError if an environment variable that chooses had a value that is not allowed when it was read."""
+    if _not_allowed:
+        raise ValueError(_not_allowed[0])
 
 
 def once(measure):

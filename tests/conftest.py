@@ -78,6 +78,15 @@ def device():
 
 
 @pytest.fixture
+def native():
+    """The native path, for a test of what is the same in every implementation, or of the CPU's."""
+    from vitriton.kernels import use_backend
+
+    with use_backend("native"):
+        yield
+
+
+@pytest.fixture
 def unguarded():
     """Turns the guards off for a test: for peak memory, or memory too sparse for their ledgers."""
 

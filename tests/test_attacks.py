@@ -196,14 +196,14 @@ def far(values, dim, stride):
     # the values in a range of addresses so large that only the pages which are touched can be memory
     strides = list(values.stride())
     strides[dim] = stride
-    span = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides))
+    span = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
     assert span > 2**31
     memory = mmap.mmap(-1, span * values.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
     return torch.frombuffer(memory, dtype=values.dtype).as_strided(values.shape, strides).copy_(values)
 
 
 def same(what, ones, others):
-    for name, a, b in zip(("out", "first", "second", "third"), ones, others):
+    for name, a, b in zip(("out", "first", "second", "third"), ones, others, strict=True):
         assert torch.equal(a, b), f"{what}: {name} differs by up to {(a - b).abs().max()}"
     print(what)
 

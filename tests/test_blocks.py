@@ -85,7 +85,7 @@ def test_gradients_of_some_only(make, dtype):
     y = module(inputs["x"])
     full = torch.autograd.grad(y, list(inputs.values()), grad, retain_graph=True)
     again = torch.autograd.grad(y, list(inputs.values()), grad)
-    assert all(map(torch.equal, full, again))
+    assert all(torch.equal(a, b) for a, b in zip(full, again, strict=True))
     for wanted, expected in zip(inputs.values(), full, strict=True):
         for t in inputs.values():
             t.requires_grad_(t is wanted)

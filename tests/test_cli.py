@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vitriton.kernels import native, packed, use_backend
+from vitriton.kernels import compiled, native, native_attention, packed, use_backend
 from vitriton.vit import check, console, costs, demo, doctor, fuse, modules, timing
 from vitriton.vit.cli import build_parser, main
 from vitriton.vit.measure import peak_memory, pick_device, quartiles
@@ -50,6 +50,18 @@ def no_benchmark(monkeypatch):
     monkeypatch.setattr(costs, "ROWS_CPU", ())
 
 
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    """VITRITON_CPU_ATTENTION=compiled where nothing can be compiled, in a folder that may be filled."""
+    monkeypatch.setattr(compiled, "why_not", lambda dtype: "no compiler")
+    monkeypatch.setattr(native_attention, "forced", "compiled")
+    monkeypatch.chdir(tmp_path)
+    native_attention._choice.cache_clear()
+    with use_backend("native"):
+        yield
+    native_attention._choice.cache_clear()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Help and bad arguments
 
@@ -81,6 +93,7 @@ def test_help_names_every_subcommand(capsys):
         (["demo", "--seconds", "x"], "invalid float value"),
         (["check", "--only", "cpu"], "native"),
         (["compile", "--rows", "-1"], "-1 is less than 0"),
+        (["check", "--seed", str(2**63)], f"{2**63} does not fit into 64 bits"),
     ],
 )
 def test_bad_arguments(args, message, capsys):
@@ -116,6 +129,8 @@ def test_demo_finds_what_is_wrong_before_it_trains(args, message, capsys, monkey
         (["--dump", "file/folder"], "cannot make the folder --dump file/folder: Not a directory"),
         (["--kernel", "fold", "--head-dim", "64"], "nothing to compile"),
         (["--arch", "sm_70"], "--arch is 'sm_70'; allowed are sm_80, "),
+        (["--accept", "file"], "--accept file is no file of costs"),
+        (["--accept", "list.json"], "--accept list.json is no file of costs"),
     ],
 )
 def test_compile_finds_what_is_wrong_before_it_compiles(args, message, capsys, monkeypatch, tmp_path):
@@ -126,9 +141,42 @@ def test_compile_finds_what_is_wrong_before_it_compiles(args, message, capsys, m
     monkeypatch.setattr(survey, "survey", lambda *_, **__: pytest.fail("it compiled"))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
+    Path("list.json").write_text("[]")
     assert main(["compile", *args]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vitriton compile: error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "variable, allowed",
+    [
+        ("VITRITON_BACKEND", "'auto', 'triton', 'native'"),
+        ("VITRITON_CPU_LINEAR", "'auto', 'pytorch', 'onednn', 'packed', 'trusted', 'compiled'"),
+        ("VITRITON_CPU_BF16", "'auto', 'pairs', 'fp32'"),
+    ],
+)
+def test_a_wrong_environment_variable(variable, allowed):
+    run = vitriton("doctor", **{variable: "fast"})
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == (
+        f"vitriton doctor: error: the environment variable {variable} is 'fast'; allowed are {allowed}: "
+        "set it to one of these, or unset it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["check", "--model", "vitriton:ti"],
+        ["demo", "--quick", "--device", "cpu"],
+        ["look", "sample:china", "--model", "ti", "--random-weights", "--device", "cpu"],
+    ],
+)
+def test_a_choice_that_cannot_run(args, no_compiler, capsys):
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    why = "VITRITON_CPU_ATTENTION is 'compiled', which cannot run: no compiler"
+    assert error == f"vitriton {args[0]}: error: {why}; unset it\n"
 
 
 @pytest.mark.parametrize("module, name", [("sklearn", "scikit-learn"), ("rich", "rich"), ("matplotlib", "matplotlib")])
@@ -436,6 +484,13 @@ def test_doctor_finds_a_backend_that_cannot_run(tmp_path):
     run = vitriton("doctor", "--json", VITRITON_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 1, run.stdout + run.stderr
     assert "the backend 'triton' can run on no device here" in json.loads(run.stdout)["broken"][0]
+
+
+def test_doctor_finds_a_choice_that_cannot_run(no_compiler, capsys):
+    assert main(["doctor"]) == 1
+    assert "BROKEN: VITRITON_CPU_ATTENTION is 'compiled', which cannot run: no compiler; unset it" in (
+        capsys.readouterr().out
+    )
 
 
 def test_doctor_finds_a_cache_that_cannot_be_written(capsys, monkeypatch, tmp_path):

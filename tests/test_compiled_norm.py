@@ -74,7 +74,7 @@ def test_the_same_bits_in_any_number_of_threads(rows, n):
         finally:
             torch.set_num_threads(threads)
     for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 @GELUS

@@ -12,18 +12,13 @@ import torch
 from fused_blocks import assert_within_rounding, called, randomise, run
 from torch import nn
 from torch.nn.utils import parametrize
-from vitriton.kernels import use_backend
 from vitriton.vit import FusedAttention, FusedFeedForward, FusedPreNorm, fuse, unfuse
 from vitriton.vit.modules import FusedViT
 from vitriton.vit.reference import Attention, FeedForward, PreNorm, ViT, vit_preset
 
 SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 24, "depth": 2, "heads": 3, "mlp_dim": 40}
 
-
-@pytest.fixture(autouse=True)
-def native():
-    with use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def small_vit(**kwargs):

@@ -13,18 +13,13 @@ import pytest
 import torch
 from fused_blocks import assert_within_rounding, called, randomise, run
 from torch import nn
-from vitriton.kernels import use_backend
 from vitriton.vit import Attention, fuse, unfuse
 from vitriton.vit.fuse import FUSED
 from vitriton.vit.known import same_function
 
 FUSED_CALLS = {"layer_norm_linear": 4, "qkv_attention": 2}  # of a model with two layers
 
-
-@pytest.fixture(autouse=True)
-def native():
-    with use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def classes(model):

@@ -16,12 +16,6 @@ BATCH, DRAWS = 4, 16  # of images: of 3 draws, chance makes the rms error of a s
 LIBRARIES = ("timm", "transformers ViT", "torchvision", "open_clip", "vit-pytorch")
 
 
-@pytest.fixture
-def native():
-    with use_backend("native"):
-        yield
-
-
 def classes(model):
     return {name: type(module) for name, module in model.named_modules()}
 

@@ -16,17 +16,12 @@ import torch
 from fused_blocks import called
 from library_models import build, open_clip_vit, timm_vit
 from torch import nn
-from vitriton.kernels import use_backend
 from vitriton.vit import explain, fuse, record_attention, unfuse
 from vitriton.vit.known import KNOWN, why_not_known
 
 X = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 
-
-@pytest.fixture(autouse=True)
-def native():
-    with use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def left(model, **options):

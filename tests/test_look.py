@@ -7,7 +7,6 @@ import pytest
 import torch
 from fused_blocks import randomise
 from libraries import library_model
-from vitriton.kernels import use_backend
 from vitriton.vit import ViT, attention_picture, checkpoint, demo, fuse, look, look_models, record_attention, vit_preset
 from vitriton.vit.cli import main
 from vitriton.vit.look import grid_of
@@ -15,13 +14,7 @@ from vitriton.vit.photo import dark_on_light, open_photo, pixels, prepared
 from vitriton.vit.picture import columns_for
 from vitriton.vit.rollout import patch_rollout, rollouts
 
-pytestmark = pytest.mark.usefixtures("unguarded")
-
-
-@pytest.fixture(autouse=True)
-def native():
-    with use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("unguarded", "native")
 
 
 def small_vit(**kwargs):
@@ -297,6 +290,7 @@ def test_the_demo_s_model(folder, monkeypatch, capsys):
         (["photo.png", "--model", "s"], "--model s needs its weights: --checkpoint FILE"),
         (["photo.png", "--model", "s", "--checkpoint", "no.pt"], "there is no file --checkpoint no.pt"),
         (["photo.png", "--model", "s", "--checkpoint", "text.png"], "--checkpoint text.png cannot be read as weights"),
+        (["photo.png", "--model", "s", "--checkpoint", "hello.txt"], "hello.txt cannot be read as weights: KeyError"),
         (["photo.png", "--model", "s", "--checkpoint", "list.pt"], "--checkpoint list.pt holds no state_dict"),
         (["photo.png", "--model", "s", "--checkpoint", "ti.pt"], "--checkpoint ti.pt does not fit --model s: "),
         (["photo.png", "--model", "s", "--checkpoint", "a", "--random-weights"], "exclude each other"),
@@ -311,6 +305,7 @@ def test_the_demo_s_model(folder, monkeypatch, capsys):
 )
 def test_what_is_wrong_is_said(folder, capsys, args, message):
     (folder / "text.png").write_text("no picture")
+    (folder / "hello.txt").write_text("hello")
     torch.save([1], "list.pt")
     torch.save(vit_preset("ti", image_size=32, num_classes=3, depth=1).state_dict(), "ti.pt")
     assert main(["look", *args]) == 2

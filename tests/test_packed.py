@@ -423,7 +423,7 @@ def test_a_forced_choice_that_cannot_run_raises(monkeypatch):
 )
 def test_the_environment_variable_chooses(module, value, allowed):
     name = module.__name__.rpartition(".")[2]
-    code = f"from vitriton.kernels import {name}; print({name}.forced)"
+    code = f"from vitriton.kernels import backend, {name}; backend.chosen_backend(); print({name}.forced)"
 
     def python(value):
         environment = os.environ | {module.VARIABLE: value}

@@ -4,17 +4,12 @@ import pytest
 import torch
 from fused_blocks import randomise
 from libraries import library_model
-from vitriton.kernels import use_backend
 from vitriton.vit import ViT, fuse
 from vitriton.vit.record import record_attention
 from vitriton.vit.rollout import attention_rollout, discard, fuse_heads, patch_rollout, rollout, rollouts
 from vitriton.vit.tokens import Tokens, tokens_of
 
-
-@pytest.fixture(autouse=True)
-def native():
-    with use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def matrix(*rows):

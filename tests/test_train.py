@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vitriton.kernels import packed, use_backend
+from vitriton.kernels import packed
 from vitriton.vit import ViT, checkpoint, train
 from vitriton.vit.checkpoint import load_trained, read_checkpoint, save
 from vitriton.vit.cli import main
@@ -31,12 +31,6 @@ COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
 BROKEN = {"red/03.jpg": 300, "blue/04.png": 40, "green/05.jpg": 0}  # and how many bytes are left of them
 SMALL = ["--image-size", "16", "--patch-size", "4", "--dim", "32", "--depth", "2", "--heads", "2", "--model", "tiny"]
 SHORT = ["--batch", "8", "--epochs", "3", "--device", "cpu", "--workers", "0"]
-
-
-@pytest.fixture
-def native():
-    with use_backend("native"):
-        yield
 
 
 @pytest.fixture(scope="module")

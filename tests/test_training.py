@@ -14,18 +14,12 @@ from fused_blocks import called
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
-from vitriton.kernels import packed, use_backend
+from vitriton.kernels import packed
 from vitriton.vit import FusedPreNorm, ViT, fuse, unfuse
 
 pytestmark = pytest.mark.usefixtures("unguarded", "native")
 
 BATCH = 64
-
-
-@pytest.fixture
-def native():
-    with use_backend("native"):
-        yield
 
 
 @pytest.fixture
@@ -190,7 +184,7 @@ def test_gradient_checkpointing(use_reentrant, dtype):
         torch.manual_seed(1)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             results.append(gradients(model, *images()))
-    assert all(map(torch.equal, *results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("wrap", "dtype"), [(lambda model: model, None), (checkpointed, torch.bfloat16)])
@@ -202,7 +196,7 @@ def test_compiled_training_has_no_graph_break(wrap, dtype, linears_by_pytorch):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             expected = gradients(model, *images(n))
             result = gradients(compiled, *images(n))
-        assert all(map(torch.equal, result, expected))
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     torch.compiler.reset()
 
 

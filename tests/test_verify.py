@@ -6,17 +6,12 @@ import re
 import pytest
 import torch
 from library_models import FAMILIES, build
-from vitriton.kernels import use_backend
 from vitriton.vit import Attention, cli, explain, fuse, verify
 from vitriton.vit.integrations import timm as timm_blocks
 
 X = torch.linspace(-1, 1, 8 * 3 * 16 * 16).view(8, 3, 16, 16)
 
-
-@pytest.fixture(autouse=True)
-def native():
-    with use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

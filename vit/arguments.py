@@ -9,6 +9,7 @@ __all__ = [
     "model_name",
     "not_negative",
     "positive",
+    "seed",
     "share",
     "share_or_folder",
 ]
@@ -59,6 +60,12 @@ def at_least_0(text):
 def not_negative(text):
     if not (value := float(text)) >= 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
+
+
+def seed(text):
+    if not -(2**63) <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit into 64 bits")
     return value
 
 

@@ -8,7 +8,7 @@ import torch
 from ..kernels import use_backend
 from ..kernels.backend import why_not_triton
 from .console import Console, Problem
-from .measure import describe, gpu
+from .measure import check_runs, describe, gpu
 from .reference import PRESETS, vit_preset
 from .verify import verify
 
@@ -35,6 +35,7 @@ def check_model(args):
             console.say(f"\n{backend}, on {describe(device)}, {str(dtype)[6:]}:")
             try:
                 with use_backend(backend):
+                    check_runs(device, dtype)
                     verdict = verify(model.to(device, dtype), images.to(device, dtype))
             except ValueError as error:  # nothing to fuse: the message says what was left, and why
                 raise Problem(str(error)) from error

@@ -16,7 +16,7 @@ from ..kernels import compiled, gradients, native_attention, packed
 from .console import Problem, require
 from .reference import ViT, vit_preset
 
-__all__ = ["build", "load_trained", "read_checkpoint", "restore_training", "save", "training_state"]
+__all__ = ["build", "load", "load_trained", "read_checkpoint", "restore_training", "save", "training_state"]
 
 FORMAT = 1
 TINY = {"patch_size": 2, "dim": 64, "depth": 4, "heads": 4, "dim_head": 16, "mlp_dim": 128}  # the demo's
@@ -114,16 +114,25 @@ def save(path, content):
             os.close(folder)
 
 
+def load(path):
+    """What torch.save wrote, on the CPU. Raises OSError, and ValueError, in a sentence, if it is nothing of that."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # unpickling raises whatever it likes
+        why = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"{type(error).__name__}: {why}".removesuffix(": ")) from error
+
+
 def read_checkpoint(path):
     """What `save` wrote, on the CPU. Raises Problem if it cannot be read."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load(path)
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # unpickling raises whatever it likes
-        raise Problem(
-            f"{path} is no checkpoint of `vitriton train`, or is damaged: {str(error).splitlines()[0].split('. ')[0]}"
-        ) from error
+    except ValueError as error:
+        raise Problem(f"{path} is no checkpoint of `vitriton train`, or is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Problem(f"{path} is no checkpoint of this version of `vitriton train`")
     return content

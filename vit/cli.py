@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 
+from ..kernels.choice import check_environment
 from .arguments import (
     add_subcommand,
     at_least_0,
@@ -17,6 +18,7 @@ from .arguments import (
     model_name,
     not_negative,
     positive,
+    seed,
     share,
     share_or_folder,
 )
@@ -27,6 +29,7 @@ def main(argv=None):
     """Run `vitriton` with the arguments `argv` (those of the process by default) and return the exit code."""
     args = build_parser().parse_args(argv)
     try:
+        _check_environment()
         module, _, function = args.run.partition(":")
         code = getattr(importlib.import_module(f".{module}", __package__), function)(args)
         sys.stdout.flush()  # here, where a closed pipe can still be caught
@@ -40,6 +43,13 @@ def main(argv=None):
     except BrokenPipeError:  # `vitriton check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 141
+
+
+def _check_environment():
+    try:
+        check_environment()
+    except ValueError as error:
+        raise Problem(str(error)) from error
 
 
 def command():
@@ -94,7 +104,7 @@ examples:
         help="the picture; its ending chooses the format, such as png, svg or pdf (default: %(default)s)",
     )
     device(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts of images (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, order and shifts of images (default: 0)")
     parser.add_argument("--epochs", type=positive(int), metavar="N", help="how often training sees each image")
     parser.add_argument(
         "--seconds",
@@ -177,7 +187,7 @@ examples:
         help="share of each class that is held out, or a folder with other pictures of the same classes (%(default)s)",
     )
     how.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of autocast (default: bf16; on a CPU fp32)")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, crops (default: %(default)s)")
+    how.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, order, crops (%(default)s)")
     how.add_argument("--save-every", **size, help="steps between checkpoints, besides one after each epoch")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or xpu (default: %(default)s)")
@@ -227,7 +237,7 @@ examples:
         help="check this implementation; may be given more than once (default: all that can run)",
     )
     parser.add_argument("--model", metavar="NAME", help="check a whole model: see above")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random inputs (default: 0)")
 
 
 def add_doctor(subparsers):
@@ -349,7 +359,7 @@ examples:
         help="the picture; its ending chooses the format, such as png, svg or pdf (default: %(default)s)",
     )
     device(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the demo's training (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of random weights and the demo's training (default: 0)")
 
 
 def add_bench(subparsers):

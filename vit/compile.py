@@ -6,7 +6,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from ..kernels.budget import accept
+from ..kernels.budget import accept, read
 from ..kernels.targets import WIDE, forms, lines
 from .console import Console, Problem, check_writable
 
@@ -38,6 +38,10 @@ def compile_kernels(args):
     console = Console(args.json)
     if args.accept is not None:
         check_writable(args.accept, "--accept")
+        try:
+            read(args.accept)
+        except (ValueError, KeyError, TypeError) as error:
+            raise Problem(f"--accept {args.accept} is no file of costs: remove it, or give another") from error
     if args.dump is not None:
         try:
             Path(args.dump).mkdir(parents=True, exist_ok=True)

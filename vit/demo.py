@@ -16,7 +16,7 @@ from ..kernels.reference import compare
 from .console import Console, Problem, check_writable, progress_bar, require, version
 from .costs import cost_table
 from .fuse import fuse, unfuse
-from .measure import MEMORY, describe, pick_device
+from .measure import MEMORY, check_runs, describe, pick_device
 from .picture import draw
 from .reference import ViT
 from .rollout import patch_rollout
@@ -50,10 +50,7 @@ def usable_backend(console, device):
         backend = "native"
         console.say("TRITON_INTERPRET is set: Triton's interpreter would take hours here, so this is the native path")
     with use_backend(backend):
-        try:
-            explain(torch.empty(0, device=device))
-        except RuntimeError as error:
-            raise Problem(f"{error}; unset VITRITON_BACKEND") from error
+        check_runs(device)
         yield
 
 

@@ -18,7 +18,7 @@ from urllib.request import url2pathname
 import torch
 
 from .. import kernels
-from ..kernels import explain, native_attention, packed, tuned
+from ..kernels import compiled, explain, gradients, native_attention, packed, tuned
 from ..kernels.backend import chosen_backend
 from ..kernels.launch import triton
 from .console import Console, version
@@ -29,7 +29,9 @@ FAST_CPU = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_b
 SETTINGS = (
     "VITRITON_BACKEND",
     packed.VARIABLE,
+    gradients.VARIABLE,
     native_attention.VARIABLE,
+    compiled.VARIABLE,
     "TRITON_INTERPRET",
     "TRITON_CACHE_DIR",
     "CUDA_VISIBLE_DEVICES",
@@ -198,7 +200,7 @@ def implementations(here):
         "layer_norm_linear": lambda x: kernels.layer_norm_linear(x.view(12, 16), x[:16], x[16:32], x.view(12, 16)),
     }
     found = here.found["implementations"] = []
-    can_run = []
+    can_run, why_not = [], {}
     for device in ["cpu", *(gpu["device"] for gpu in here.found["gpus"])]:
         answers = {}
         for dtype in DTYPES:
@@ -207,6 +209,7 @@ def implementations(here):
                 can_run += [device] if dtype == torch.float32 else []
             except RuntimeError as error:
                 answer = f"raises RuntimeError: {error}"
+                why_not.setdefault(device, error)
             answers.setdefault(answer, []).append(str(dtype)[6:])
         for answer, dtypes in answers.items():
             here.say(f"{device}, {', '.join(dtypes)}: {', '.join(calls)}: {answer}")
@@ -217,8 +220,10 @@ def implementations(here):
         f"copies of weights for Linear on a CPU: {copies} in this process, {size / 2**20:.1f} MiB; where Linear is "
         f"'packed', a weight that is used twice without a change, by {packed.PACKED_ROWS} rows or more, gets one"
     )
-    if not can_run:
-        here.wrong(f"the backend {chosen_backend()!r} can run on no device here: unset VITRITON_BACKEND")
+    if not can_run and chosen_backend() == "triton":
+        here.wrong("the backend 'triton' can run on no device here: unset VITRITON_BACKEND")
+    elif "cpu" not in can_run and chosen_backend() != "triton":
+        here.wrong(f"{why_not['cpu']}; unset it")
     for device in can_run:
         worked = [name for name, call in calls.items() if works(here, f"{name} on {device} in float32", call, device)]
         if worked:

@@ -10,7 +10,7 @@ from .demo import check_picture
 from .fuse import fuse
 from .look import draw_look, look
 from .look_models import load_looker
-from .measure import describe, pick_device
+from .measure import check_runs, describe, pick_device
 from .photo import open_photo
 from .record import attention_layers
 from .tokens import tokens_of
@@ -25,6 +25,7 @@ def look_at(args):
     check_picture(args.out)
     console = Console(args.json)
     device = pick_device(args.device)
+    check_runs(device)
     photo, name = open_photo(args.photo)
     model = load_looker(args, console)
     layers, heads = numbers(args.layers, "--layers"), numbers(args.heads, "--heads")

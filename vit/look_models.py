@@ -1,7 +1,6 @@
 """The models that `vitriton look` can look with: timm's, our presets, `vitriton train`'s, and the demo's."""
 
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from .checkpoint import load_trained, read_checkpoint
+from .checkpoint import load, load_trained, read_checkpoint
 from .console import Problem, require
 from .photo import dark_on_light, prepared
 from .reference import PRESETS, vit_preset
@@ -161,11 +160,11 @@ def _preset(name, args):
 def read_state(path):
     """The state_dict in a file of torch.save, by itself or as "model" or "state_dict" in a dict."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load(path)
     except FileNotFoundError as error:
         raise Problem(f"there is no file --checkpoint {path}") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise Problem(f"--checkpoint {path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        raise Problem(f"--checkpoint {path} cannot be read as weights: {error}") from error
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -1,4 +1,4 @@
-"""Devices in words, peak memory on a CPU or a GPU, and quartiles."""
+"""Devices and whether they can run what was chosen, in words; peak memory on a CPU or a GPU, and quartiles."""
 
 import json
 import os
@@ -8,9 +8,20 @@ from pathlib import Path
 
 import torch
 
+from ..kernels import explain
 from .console import Problem
 
-__all__ = ["MEMORY", "cpu_name", "describe", "gpu", "peak_memory", "pick_device", "quantiles", "quartiles"]
+__all__ = [
+    "MEMORY",
+    "check_runs",
+    "cpu_name",
+    "describe",
+    "gpu",
+    "peak_memory",
+    "pick_device",
+    "quantiles",
+    "quartiles",
+]
 
 MEMORY = "the most that PyTorch's allocator held at a time, beyond what it held before: weights and input not counted"
 
@@ -36,6 +47,15 @@ def pick_device(name="auto"):
         why = str(error).strip().splitlines()[0].split(". ")[0]
         raise Problem(f"--device {name} cannot be used: {why}; `vitriton doctor` lists the devices here") from error
     return device
+
+
+def check_runs(device, dtype=torch.float32):
+    """Raise Problem if what the environment variables choose for `device` cannot run there."""
+    try:
+        explain(torch.empty(0, device=device, dtype=dtype))
+    except RuntimeError as error:
+        variable = "it" if str(error).startswith("VITRITON_") else "VITRITON_BACKEND"
+        raise Problem(f"{error}; unset {variable}") from error
 
 
 def describe(device):
