@@ -543,6 +543,7 @@ def test_costs_are_counted(capsys):
     "args, message",
     [
         (["--model", "resnet"], "--model 'resnet' is no size of ViT; allowed are ti, s, b"),
+        (["--model", "vit_b0"], "--model 'vit_b0' is no size of ViT"),
         (["--dtype", "fp8"], "--dtype fp8 is none of fp32, bf16, fp16"),
         (["--function", "softmax"], "--function softmax is none of attention, "),
         (["--compare", "tensorflow"], "--compare tensorflow is none of vitriton, plain, sdpa, "),
@@ -561,6 +562,19 @@ def test_bad_arguments_end_before_anything_runs(args, message, tmp_path, monkeyp
     monkeypatch.setattr(run, "run_cell", lambda *_: pytest.fail("it ran"))
     assert main(["bench", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_network_that_timm_does_not_know_is_refused(capsys):
+    if not peers.version("timm"):
+        pytest.skip("timm is not installed")
+    assert main(["bench", "--compare", "timm:no_such_net"]) == 2
+    assert "--compare timm:no_such_net: timm knows no such model" in capsys.readouterr().err
+
+
+def test_a_choice_that_cannot_run_is_said(capsys):
+    with use_backend("triton"):
+        assert main(["bench", "--device", "cpu"]) == 2
+    assert "the backend 'triton' was asked for and cannot run" in capsys.readouterr().err
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):

@@ -91,6 +91,7 @@ def test_help_names_every_subcommand(capsys):
         (["dance"], "dance"),
         (["demo", "--epochs", "0"], "0 is not positive"),
         (["demo", "--seconds", "x"], "invalid float value"),
+        (["demo", "--seconds", "inf"], "inf is not positive, or not finite"),
         (["check", "--only", "cpu"], "native"),
         (["compile", "--rows", "-1"], "-1 is less than 0"),
         (["check", "--seed", str(2**63)], f"{2**63} does not fit into 64 bits"),

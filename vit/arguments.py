@@ -1,6 +1,7 @@
 """What the parsers of the subcommands share: how one is made, and the types of arguments, which refuse in words."""
 
 import argparse
+import math
 
 __all__ = [
     "add_subcommand",
@@ -94,8 +95,8 @@ def model_name(text):
 def positive(kind):
     def parse(text):
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not positive, or not finite")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when kind(text) raises ValueError

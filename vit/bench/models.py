@@ -97,6 +97,15 @@ def timm_network(rival):
     return timm.create_model(rival.removeprefix(OTHER)).eval()
 
 
+def unknown_to_timm(rival):
+    """Whether timm is installed and has no model of this name."""
+    if not peers.version("timm"):
+        return False
+    import timm
+
+    return not timm.is_model(rival.removeprefix(OTHER))
+
+
 def missing_peers():
     """{peer: why it cannot be had here}."""
     found = {}

@@ -9,11 +9,11 @@ import torch
 from ...kernels import explain
 from ...kernels.launch import INTERPRET
 from ..console import Console, Problem, check_writable, progress_bar
-from ..measure import MEMORY, pick_device
+from ..measure import MEMORY, check_runs, pick_device
 from . import charts
 from .cost import cost
 from .functions import QUESTIONS, missing
-from .models import OTHER, PEERS, ModelCase, ModelRace, missing_peers
+from .models import OTHER, PEERS, ModelCase, ModelRace, missing_peers, unknown_to_timm
 from .race import Case, Race
 from .report import HEADER, compare_runs, environment, load, records_of, table, write_csv
 from .roofline import ceilings
@@ -33,6 +33,7 @@ def bench(args):
     if device.type != "cpu":
         torch.get_device_module(device).set_device(device)
     cells, rivals, earlier = plan(args, device)
+    check_runs(device)
     console = Console(args.json)
     folder = picture_folder(args, console)
     if args.csv is not None:
@@ -167,6 +168,8 @@ def plan(args, device):
     for name in names:
         if name != "all" and not name.startswith(OTHER) and name not in map(str.lower, known):
             raise Problem(f"--compare {name} is none of {', '.join(known)}, all, {OTHER}NAME, or the JSON of a run")
+        if name.startswith(OTHER) and unknown_to_timm(name):
+            raise Problem(f"--compare {name}: timm knows no such model; timm.list_models() names those it knows")
     rivals = SimpleNamespace(names=["vitriton", "plain", *names], all="all" in names or not names)
 
     cells = []

@@ -36,7 +36,7 @@ def parse_model(text):
 
     Raises ValueError, naming the sizes, for any other.
     """
-    match = re.fullmatch(r"(?:vit[_-]?)?(so400m|[a-z]+?)[/_-]?(?:patch)?(\d+)?", text.strip().lower())
+    match = re.fullmatch(r"(?:vit[_-]?)?(so400m|[a-z]+?)[/_-]?(?:patch)?([1-9]\d*)?", text.strip().lower())
     name = {"tiny": "ti", "t": "ti", "small": "s", "base": "b", "large": "l", "huge": "h"}.get(
         match[1] if match else "", match[1] if match else ""
     )
