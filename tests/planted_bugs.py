@@ -206,7 +206,7 @@ FORWARD = (
     ),
     Bug(
         "all keys at once: the last queries left out", "attention_short.py", within="def _fwd_short(",
-        text="        if NQ <= LAST_M:", instead="        if NQ <= 0:",
+        text="if NQ <= TILES * M + LAST_M:", instead="if NQ <= 0:",
         why="they would keep what was in memory",
         killed_by="test_attention.py::test_all_keys_at_once",
     ),
