@@ -415,6 +415,12 @@ LAYER_NORM_LINEAR = (
         killed_by="test_attacks.py::test_wide_rows",
     ),
     Bug(
+        "rounding of a chunk's mean not mended", "prenorm.py", within="def _row_statistics_kernel(",
+        text="delta = chunk_mean + rest - mean", instead="delta = chunk_mean - mean",
+        why="the mean would be an ulp or two off",
+        killed_by="test_properties.py::test_layer_norm_linear",
+    ),
+    Bug(
         "gamma not folded in", "prenorm.py", within="def _fold_kernel(",
         text="folded = (w * gamma[None, :])", instead="folded = w",
         why="norm_weight would be 1, as it is in a fresh model",
