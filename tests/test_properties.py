@@ -5,7 +5,6 @@ in half precision; how far two fp32 computations of a few numbers lie apart is c
 layouts that are compared.
 """
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -128,10 +127,10 @@ def test_layer_norm_linear(somewhere, budget, case):
     backend, device = somewhere
     gold = of_the_stored_mean if backend == "triton" and case.dtype == F64 else None
     with use_backend(backend):
-        if math.prod(case.rows) * case.n not in range(1, 8):
+        if 1 not in (case.n, case.k) or 0 in case.rows:
             inputs = layer_norm_inputs(case, device)
             assert_parity(layer_norm_linear, inputs, case.grad(device), gold=gold, activation=case.activation)
-        else:  # the errors of a few outputs, and their size, which the rule is relative to, are chance
+        else:  # dnorm_bias or dbias is one number, whose error, and size, which the rule is relative to, are chance
             draws = [layer_norm_inputs(replace(case, seed=case.seed + 10 * i), device) for i in range(16)]
             assert_parity_of_draws(layer_norm_linear, draws, gold=gold, activation=case.activation)
 
