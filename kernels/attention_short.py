@@ -153,6 +153,24 @@ def _fwd_short(
     tb0, tb1 = _short_trans(kb0, kb1, KEYS_B, D1)
     tc0, tc1 = _short_trans(kc0, kc1, KEYS_C, D1)
     MASK: tl.constexpr = LAST_M == M
+    # before the loop, through which addresses of the last keys would stay in registers otherwise, and spill
+    if LAST_M > 0 and not MASK:  # noqa: SIM102  what is known when compiling, and what is not
+        if NQ <= TILES * M + LAST_M:  # in the last program
+            start = NQ // M * M
+            end = NQ - start
+            rest = tl.arange(0, LAST_M)
+            rest_q_ptr = q_ptr + row_offset(start, stride_qn, ALIGN)
+            rest_out_ptr = out_ptr + row_offset(start, stride_on, ALIGN)
+            q0, q1 = _load_queries(rest_q_ptr, rest, end, stride_qn, stride_qd, True, NEGATE, D, D0, D1, ALIGN, OFFSET)
+            kr0, kr1 = _short_load(k_ptr, stride_kn, stride_kd, NK, C, ROWS_C, True, D, D0, D1, ALIGN, OFFSET)
+            acc0, acc1, row_max, row_sum = _short_rest(
+                q0, q1, ka0, ka1, kb0, kb1, kr0, kr1, va0, va1, vb0, vb1, vc0, vc1, NK - C, scale_log2e,
+                KEYS_B, ROWS_C, D0, D1, ACC, PRECISION,
+            )  # fmt: skip
+            _fwd_finish(
+                rest_out_ptr, lse_ptr + start, acc0, acc1, row_max, row_sum, rest, end, stride_on, stride_od,
+                True, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
+            )  # fmt: skip
     rows = tl.arange(0, M)
     # in two parts there is so much that does not change in the loop that it spills, if it is kept in registers
     for _ in tl.range(0, tl.minimum((NQ + (M - 1 if MASK else 0)) // M, TILES), disable_licm=D1 > 0):
@@ -169,16 +187,3 @@ def _fwd_short(
         out_ptr += tl.cast(M, OFFSET) * stride_on
         lse_ptr += M
         NQ -= M
-    if LAST_M > 0 and not MASK:  # noqa: SIM102  what is known when compiling, and what is not
-        if NQ <= LAST_M:  # in the last program
-            rest = tl.arange(0, LAST_M)
-            q0, q1 = _load_queries(q_ptr, rest, NQ, stride_qn, stride_qd, True, NEGATE, D, D0, D1, ALIGN, OFFSET)
-            kr0, kr1 = _short_load(k_ptr, stride_kn, stride_kd, NK, C, ROWS_C, True, D, D0, D1, ALIGN, OFFSET)
-            acc0, acc1, row_max, row_sum = _short_rest(
-                q0, q1, ka0, ka1, kb0, kb1, kr0, kr1, va0, va1, vb0, vb1, vc0, vc1, NK - C, scale_log2e,
-                KEYS_B, ROWS_C, D0, D1, ACC, PRECISION,
-            )  # fmt: skip
-            _fwd_finish(
-                out_ptr, lse_ptr, acc0, acc1, row_max, row_sum, rest, NQ, stride_on, stride_od,
-                True, FAST, LSE_UNIT, D, D0, D1, ALIGN, OFFSET,
-            )  # fmt: skip

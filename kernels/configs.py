@@ -261,17 +261,21 @@ def short_tiles(chip, dtype, head_dim, nq, nk, align):
 
     - where there is no row: with mma.sync 64 queries would read shared memory twice as often as 128, and it binds;
     - below 64 keys, which are one tile anyway, and beyond 272: registers hold the scores of no more;
-    - beyond 208 for head dims 33 to 48, which spill, and from 81 on, whose keys would leave room for one program only.
+    - beyond 208 for head dims 33 to 48, which spill;
+    - beyond 264 from head dim 81 on, whose keys would leave room for one program only. From 209 on they have room for
+      two with one stage of queries: it waits for each tile of them, but the other program has work meanwhile.
 
     Keys are cut into two powers of two, BLOCK_N being the most, and a tail, as narrow as 8. A program makes two tiles
     of queries, so that it reads the keys as often as one with a tile of 128. Up to 8 queries left over cost less in a
     tile of their own than 64 do, if the head dim fills the 64 rows of HGMMA, whose columns they are.
     """
     chosen = _find("attention_fwd_short", chip, dtype, head_dim)
-    most = 208 if 32 < head_dim <= 48 or head_dim > 80 else 272
+    most = 208 if 32 < head_dim <= 48 else 264 if head_dim > 80 else 272
     if chosen is None or align == 1 or not 64 <= nk <= most:
         return None
     chosen = tiles("attention_fwd_short", chip, dtype, head_dim)
+    if head_dim > 80 and nk > 208:
+        chosen = replace(chosen, num_stages=1)
     block_n = min(chosen.BLOCK_N, next_power_of_2(nk + 1) // 2)
     left = nk - block_n
     next_n = min(block_n, next_power_of_2(left + 1) // 2) if left >= 16 else 0

@@ -112,13 +112,14 @@ def copies(inputs, dtype=None):
     }
 
 
-def assert_parity(function, inputs, grad=None, *, base=None, spread=0.0, **options):
+def assert_parity(function, inputs, grad=None, *, gold=None, base=None, spread=0.0, **options):
     """Hold function(*inputs) and its gradients to the plain formula of the same name; returns what `run` does.
 
-    The golden value is the formula in fp64; the measure of rounding is the formula in the inputs' dtype, or `base`.
+    The golden value is the formula, or `gold`, in fp64; the measure of rounding is the formula in the inputs' dtype, or
+    `base`.
     `grad`, that of the output, is drawn if there is none. `spread`: see assert_close.
     """
-    result, base, gold = three_ways(function, inputs, grad, base=base, **options)
+    result, base, gold = three_ways(function, inputs, grad, gold=gold, base=base, **options)
     assert_close(result, base, gold, spread)
     return result
 
@@ -129,7 +130,7 @@ def assert_parity_of_draws(function, draws, **options):
     assert_close(*({name: torch.stack([draw[name] for draw in way]) for name in way[0]} for way in ways))
 
 
-def three_ways(function, inputs, grad=None, *, base=None, **options):
+def three_ways(function, inputs, grad=None, *, gold=None, base=None, **options):
     """What `run` gives of the function, of the measure of rounding, and of the golden formula: see assert_parity."""
     plain = getattr(reference, function.__name__)
     if grad is None:
@@ -137,7 +138,7 @@ def three_ways(function, inputs, grad=None, *, base=None, **options):
         like = inputs.get("weight", next(iter(inputs.values())))
         grad = randn(*shape, dtype=like.dtype, device=like.device)
     result = run(function, inputs, grad, **options)
-    gold = run(plain, copies(inputs, F64), grad.to(F64), **options)
+    gold = run(gold or plain, copies(inputs, F64), grad.to(F64), **options)
     return result, run(base or plain, copies(inputs), grad, **options), gold
 
 
