@@ -360,6 +360,21 @@ def test_a_row_has_the_same_product_wherever_it_stands():
 
 
 @triton.jit
+def tree_kernel(x_ptr, y_ptr, ROWS: tl.constexpr, AXIS: tl.constexpr):
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, 2)[None, :]
+    x = tl.load(x_ptr + i * 2 + j)
+    tl.store(y_ptr + tl.arange(0, 2), tl.sum(x if AXIS == 0 else tl.trans(x), AXIS))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_sum_is_a_tree(axis):
+    x, y = torch.ones(128, 2), torch.empty(2)
+    x[0] = 2.0**24  # one after the other would leave this, as 2²⁴ + 1 is rounded
+    tree_kernel[(1,)](x, y, 128, axis)
+    assert y.tolist() == [2.0**24 + 126] * 2
+
+
+@triton.jit
 def hint_kernel(x_ptr, y_ptr, stride, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.multiple_of(tl.program_id(0) * stride, ALIGN)
     rows = tl.multiple_of(tl.arange(0, 2)[:, None] * stride, [1, ALIGN]) + tl.arange(0, BLOCK)[None, :]
