@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vitriton.kernels import use_backend
-from vitriton.vit import ViT, fuse
+from vitriton.vit import ViT, fuse, measure
 from vitriton.vit.bench import charts, cost, functions, models, peers, race, report, roofline, run
 from vitriton.vit.bench.models import PEERS, ModelCase, ModelRace, Peer
 from vitriton.vit.bench.race import Case, Contest, Question, Race, Rival
@@ -564,17 +564,23 @@ def test_bad_arguments_end_before_anything_runs(args, message, tmp_path, monkeyp
     assert message in capsys.readouterr().err
 
 
-def test_a_network_that_timm_does_not_know_is_refused(capsys):
+def test_a_network_that_timm_does_not_know_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(run, "INTERPRET", False)
     if not peers.version("timm"):
         pytest.skip("timm is not installed")
     assert main(["bench", "--compare", "timm:no_such_net"]) == 2
     assert "--compare timm:no_such_net: timm knows no such model" in capsys.readouterr().err
 
 
-def test_a_choice_that_cannot_run_is_said(capsys):
-    with use_backend("triton"):
-        assert main(["bench", "--device", "cpu"]) == 2
-    assert "the backend 'triton' was asked for and cannot run" in capsys.readouterr().err
+def test_a_choice_that_cannot_run_is_said(monkeypatch, capsys):
+    def explain(x):
+        raise RuntimeError("VITRITON_CPU_LINEAR is 'compiled', which cannot run: there is no g++")
+
+    monkeypatch.setattr(measure, "explain", explain)
+    monkeypatch.setattr(run, "INTERPRET", False)
+    monkeypatch.setattr(run, "run_cell", lambda *_: pytest.fail("it ran"))
+    assert main(["bench", "--device", "cpu"]) == 2
+    assert "which cannot run: there is no g++; unset it" in capsys.readouterr().err
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):
