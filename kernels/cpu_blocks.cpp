@@ -119,11 +119,12 @@ struct AsItLies {  // (depth, n), its last stride 1
   }
 };
 
+static int64_t tiles_of(int64_t rows) { return (rows + R - 1) / R; }
+
 // Tiles `first` to `last` of a b, R rows from r and WIDE columns from n on each, in order of n, then of r
 struct Run {
   int64_t first, last, rows;
   bool shared;  // other threads wrote some of its rows
-  int64_t of_panel() const { return (rows + R - 1) / R; }
 };
 
 // brings `some` Units of rows nearer, which stand beside each other
@@ -139,7 +140,7 @@ static inline void fetch_rows(const float*, int64_t, int64_t, int64_t, int64_t) 
 template <class Unit, class B, class Step, class Finish>
 static void span(const float* a, int64_t row_step, Step step, Run run, const B& b, int64_t start, int64_t units,
                  int64_t chunk, float* panel, float* c, Finish finish) {
-  const int64_t end = std::min(start + SPAN, units), tiles = run.of_panel();
+  const int64_t end = std::min(start + SPAN, units), tiles = tiles_of(run.rows);
   for (int64_t t = run.first; t < run.last;) {
     const int64_t n = t / tiles * WIDE, r_first = t % tiles * R, some_tiles = std::min(run.last - t, tiles - t % tiles);
     const int64_t r_last = std::min(r_first + some_tiles * R, run.rows);
@@ -305,7 +306,7 @@ struct Groups {
   // A group has each weight transposed once, by its threads together, each of which reads what the others made of its
   // rows: `read` numbers a row, which take EXCHANGE times as long as those of `weights`
   Groups(int64_t rows, int64_t threads, int64_t weights, int64_t read)
-      : rows(rows), threads(threads), tiles((rows + R - 1) / R), count((tiles + MOST_ROWS / R - 1) / (MOST_ROWS / R)) {
+      : rows(rows), threads(threads), tiles(tiles_of(rows)), count((tiles + MOST_ROWS / R - 1) / (MOST_ROWS / R)) {
     while (count < threads && count * (count + 1) * weights < EXCHANGE * threads * rows * read) count++;
     if (count > threads) count = (count + threads - 1) / threads * threads;
     count = std::min(count, tiles);
@@ -314,7 +315,7 @@ struct Groups {
   int64_t rounds() const { return (count + threads - 1) / threads; }
   bool apart() const { return count % threads == 0; }  // each group is one thread's
   int64_t start(int64_t group) const { return rows * group / count; }
-  int64_t most_rows() const { return ((rows + count - 1) / count + R - 1) / R * R; }  // of a group, in whole tiles
+  int64_t most_rows() const { return tiles_of((rows + count - 1) / count) * R; }  // of a group, in whole tiles
   // numbers that a thread holds of sums for (rows, n)
   int64_t most_sums(int64_t n, int64_t units) const {
     const int64_t panel = most_rows() * WIDE;
@@ -329,7 +330,7 @@ struct Groups {
     for (int64_t g = from / threads; g * threads < to; g++) {
       const int64_t group = g * rounds() + round;  // so that a thread's groups stand beside each other
       const int64_t first = start(group), some = start(group + 1) - first;
-      const int64_t all = panels * ((some + R - 1) / R);
+      const int64_t all = panels * tiles_of(some);
       const auto at = [&](int64_t x) { return all * std::clamp<int64_t>(x - g * threads, 0, threads) / threads; };
       if (at(from) < at(to)) work(first, g, Run{at(from), at(to), some, !apart()});
     }
@@ -444,7 +445,7 @@ static int multiply(const Product& f) {
       const int64_t first = groups.start(group), count = groups.start(group + 1) - first;
       const T* a = static_cast<const T*>(f.a) + first * (f.transposed ? 1 : f.depth);
       T* y = static_cast<T*>(f.c) + first * f.n;
-      const Run run{0, in_panels(f.n) / WIDE * ((count + R - 1) / R), count, false};
+      const Run run{0, in_panels(f.n) / WIDE * tiles_of(count), count, false};
       const auto finish_rows = [&](int64_t n, int64_t r, int64_t some, const float* c) {
         finish<T, T>(NONE, zeros, f.n, n, c, some, nullptr, y + r * f.n, f.n);
       };

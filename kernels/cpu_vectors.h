@@ -143,7 +143,7 @@ typedef std::integral_constant<int64_t, 1> One;
 // c (rows, ldc), of `columns` vectors, = or += Σ_i a[row * row_step + i * step] b[i] for i < n
 template <class Unit, int rows, int columns, class Step>
 [[gnu::noinline]] static void tile(const float* a, int64_t row_step, Step step, const float* b, int64_t ldb, int64_t n,
-                        float* c, int64_t ldc, bool add) {
+                                   float* c, int64_t ldc, bool add) {
   vec sums[rows][columns] = {};
   for (int64_t i = 0; i < n; i++) {
     vec x[columns];

@@ -50,9 +50,9 @@ def pick_device(name="auto"):
 
 
 def check_runs(device, dtype=torch.float32):
-    """Raise Problem if what the environment variables choose for `device` cannot run there."""
+    """What `explain` says of `device`; raises Problem if what the environment variables choose cannot run there."""
     try:
-        explain(torch.empty(0, device=device, dtype=dtype))
+        return explain(torch.empty(0, device=device, dtype=dtype))
     except RuntimeError as error:
         variable = "it" if str(error).startswith("VITRITON_") else "VITRITON_BACKEND"
         raise Problem(f"{error}; unset {variable}") from error

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import torch
 
-from ...kernels import explain
 from ...kernels.launch import INTERPRET
 from ..console import Console, Problem, check_writable, progress_bar
 from ..measure import MEMORY, check_runs, pick_device
@@ -33,14 +32,14 @@ def bench(args):
     if device.type != "cpu":
         torch.get_device_module(device).set_device(device)
     cells, rivals, earlier = plan(args, device)
-    check_runs(device)
+    runs_as = check_runs(device)
     console = Console(args.json)
     folder = picture_folder(args, console)
     if args.csv is not None:
         check_writable(args.csv, "--csv")
     machine = environment(device)
     console.say(f"vitriton {machine['versions']['vitriton']}, PyTorch {torch.__version__}, on {machine['device']}")
-    console.say(f"vitriton runs there as: {explain(torch.empty(0, device=device))}")
+    console.say(f"vitriton runs there as: {runs_as}")
     for rival, why in (missing_peers() | missing()).items():
         console.say(f"missing: {rival}: {why}")
     if args.cost:
