@@ -109,7 +109,7 @@ class _Blocks(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "y", "between", "blocks")),
         *((name, ctypes.c_int64) for name in ("count", "batches", "tokens")),
-        *((name, ctypes.c_int) for name in ("residual", "pairs", "threads")),
+        *((name, ctypes.c_int) for name in ("residual", "pairs", "threads", "first")),
     ]
 
 
@@ -249,13 +249,17 @@ def block(
     return made
 
 
-def blocks(x, blocks, *, residual=False):
+def blocks(x, blocks, *, residual=False, first=False):
     """These blocks of x (...,K), not empty, one after the other, each + what it takes if `residual`; (B,N,K) if one has
-    heads. All is of one dtype, which is in DTYPES; not differentiable."""
-    return _blocks(x.contiguous(), blocks, residual, _in_pairs(x), torch.get_num_threads())
+    heads. All is of one dtype, which is in DTYPES; not differentiable.
+
+    If `first`, of the first token only, (B,M), in the same bits: the last two blocks, which then are attention and one
+    without, make of other tokens but keys and values.
+    """
+    return _blocks(x.contiguous(), blocks, residual, _in_pairs(x), torch.get_num_threads(), first)
 
 
-def _blocks(x, blocks, residual, pairs, threads):
+def _blocks(x, blocks, residual, pairs, threads, first=False):
     *outer, tokens, _ = x.shape if x.dim() > 1 else (1, *x.shape)
     last = blocks[-1].second.n or blocks[-1].first.n
     y = x.new_empty(*x.shape[:-1], last)
@@ -274,9 +278,10 @@ def _blocks(x, blocks, residual, pairs, threads):
         residual,
         pairs,
         threads,
+        first,
     )
     _run(f"blocks_{DTYPES[x.dtype]}", problem, "what threads keep of {} x {} tokens", batches, tokens)
-    return y
+    return y.view(batches * tokens, last)[:batches] if first else y
 
 
 def product(a, b, *, transposed=False):

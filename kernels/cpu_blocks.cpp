@@ -50,7 +50,8 @@ struct Blocks {  // x, y (batches, tokens, their last dims), between (batches * 
   const Block* blocks;
   int64_t count, batches, tokens;
   int residual, pairs, threads;  // pairs of bf16 are multiplied as such
-};
+  int first;  // of the last two blocks, attention and feed forward, y's first rows are (batches, last dim), the first
+};            // token of each batch, and nothing else is made that only other tokens take
 
 struct Product {  // c (rows, n) = a b, or aᵀ b: a (rows, depth) or (depth, rows), b (depth, n), contiguous but for b's row
   const void *a, *b;
@@ -337,16 +338,18 @@ struct Groups {
   }
 };
 
+// of K at a time, for so many rows: of few, more of a is then near, too
+static int64_t chunk_for(int64_t rows) { return rows < FEW_ROWS ? MOST_CHUNK / 2 : MOST_CHUNK; }
+
 // y = the linears of x [+ residual]; residual, and x with a norm before it, may be y
 template <class T, class Unit>
-static int linears(const Linears& f, const T* x, const T* residual, T* y, int64_t rows, int threads) {
+static int linears(const Linears& f, const T* x, const T* residual, T* y, int64_t rows, int64_t chunk, int threads) {
   using H = Held<T, Unit>;
   constexpr int64_t E = Unit::elements;
   const bool norm = f.norm_weight != nullptr, held = norm || !std::is_same<T, H>::value;
   const bool two = f.second.weight != nullptr;
   const Linear& last = two ? f.second : f.first;
   const int64_t k = f.first.k, n = f.first.n, width = (k + L - 1) / L * L;
-  const int64_t chunk = rows < FEW_ROWS ? MOST_CHUNK / 2 : MOST_CHUNK;  // fewer rows of a, too, are then near
   const Groups groups(rows, threads, k * n + two * n * last.n, k + two * 2 * n + last.n);
   const int64_t sums = std::max(groups.most_sums(n, k / E), groups.most_sums(last.n, last.k / E));
   const int64_t left_step = held ? padded(k / E) : k / E, hidden_step = two * padded(n / E);
@@ -467,6 +470,13 @@ static int multiply(const Product& f) {
   return failed;
 }
 
+// outputs `from` to `to` of a Linear
+template <class T>
+static Linear part(const Linear& w, int64_t from, int64_t to) {
+  const auto of = [&](const void* p, int64_t step) { return p ? static_cast<const T*>(p) + from * step : nullptr; };
+  return {of(w.weight, w.row), of(w.bias, 1), to - from, w.k, w.row};
+}
+
 template <class T>
 static int attend(const Forward* f) {
   if constexpr (std::is_same<T, float>::value) return attention_forward_fp32(f);
@@ -476,30 +486,44 @@ static int attend(const Forward* f) {
   return attention_forward_bf16(f);
 }
 
+// of the first token of each batch only, if so: the keys and values are of all
 template <class T, class Unit>
-static int attention(const Block& block, const T* x, const T* residual, T* y, const Blocks& f) {
+static int attention(const Block& block, const T* x, const T* residual, T* y, const Blocks& f, bool first) {
   const Linears& l = block.linears;
-  Linears first{l.norm_weight, l.norm_bias, l.first}, last{nullptr, nullptr, l.second};  // the rest is 0
-  first.eps = l.eps;
-  const int64_t rows = f.batches * f.tokens, wide = l.first.n, inner = wide / 3, dim = inner / block.heads;
-  T *qkv = static_cast<T*>(f.between), *out = qkv + rows * wide;
-  const auto of_heads = [&](T* t, int64_t width) { return Tensor{t, f.tokens * width, dim, width}; };
-  Forward forward{of_heads(qkv, wide), of_heads(qkv + inner, wide), of_heads(qkv + 2 * inner, wide),
-                  of_heads(out, inner), nullptr, f.batches, block.heads, f.tokens, f.tokens, dim, block.factor,
+  Linears project{l.norm_weight, l.norm_bias, l.first}, last{nullptr, nullptr, l.second};  // the rest is 0
+  project.eps = l.eps;
+  const int64_t rows = f.batches * f.tokens, k = l.first.k, inner = l.first.n / 3, dim = inner / block.heads;
+  const int64_t chunk = chunk_for(rows), queries = first ? 1 : f.tokens;
+  T *between = static_cast<T*>(f.between), *q = between, *kv = between + inner, *out = between + 3 * rows * inner;
+  int64_t of_q = 3 * inner, of_kv = 3 * inner;  // widths of rows
+  if (first) {
+    Linears keys = project;
+    keys.first = part<T>(l.first, inner, 3 * inner), project.first = part<T>(l.first, 0, inner);
+    of_q = inner, of_kv = 2 * inner, kv = between, q = between + rows * of_kv;
+    if (linears<T, Unit>(keys, x, nullptr, kv, rows, chunk, f.threads)) return 1;
+    for (int64_t b = 0; b < f.batches; b++) memmove(y + b * k, x + b * f.tokens * k, k * sizeof(T));
+    x = y, residual = residual ? y : nullptr;
+  }
+  if (linears<T, Unit>(project, x, nullptr, q, f.batches * queries, chunk, f.threads)) return 1;
+  const auto of_heads = [&](T* t, int64_t tokens, int64_t width) { return Tensor{t, tokens * width, dim, width}; };
+  Forward forward{of_heads(q, queries, of_q), of_heads(kv, f.tokens, of_kv), of_heads(kv + inner, f.tokens, of_kv),
+                  of_heads(out, queries, inner), nullptr, f.batches, block.heads, queries, f.tokens, dim, block.factor,
                   f.pairs, f.threads};
-  return linears<T, Unit>(first, x, nullptr, qkv, rows, f.threads) ||
-         attend<T>(&forward) ||
-         linears<T, Unit>(last, out, residual, y, rows, f.threads);
+  return attend<T>(&forward) || linears<T, Unit>(last, out, residual, y, f.batches * queries, chunk, f.threads);
 }
 
 template <class T, class Unit>
 static int blocks(const Blocks& f) {
   const T* x = static_cast<const T*>(f.x);
   T* y = static_cast<T*>(f.y);
-  for (const Block* block = f.blocks; block < f.blocks + f.count; block++, x = y) {
+  const int64_t rows = f.batches * f.tokens;
+  for (int64_t i = 0; i < f.count; i++, x = y) {
+    const Block& block = f.blocks[i];
     const T* residual = f.residual ? x : nullptr;
-    if (block->heads > 0 ? attention<T, Unit>(*block, x, residual, y, f)
-                         : linears<T, Unit>(block->linears, x, residual, y, f.batches * f.tokens, f.threads))
+    const bool first = f.first && i >= f.count - 2;
+    if (block.heads > 0 ? attention<T, Unit>(block, x, residual, y, f, first)
+                        : linears<T, Unit>(block.linears, x, residual, y, first ? f.batches : rows, chunk_for(rows),
+                                           f.threads))
       return 1;
   }
   return 0;

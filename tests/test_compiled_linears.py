@@ -292,6 +292,36 @@ def test_a_vit_in_one_call(dtype, options, calls):
     assert error, str(error)
 
 
+@compiled_dtypes
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 40), (20, 2), (2, 300)], ids=str)
+def test_the_first_token_alone(shape, depth, dtype, calls):
+    """In the bits that it has among all tokens."""
+    model, _ = vit(dtype, depth=depth)
+    fuse(model)
+    x = randn(*shape, 48, dtype=dtype)
+    with torch.no_grad():
+        before = x.clone()
+        y = model.transformer.first_token(x)
+        assert calls == [2 * depth] and torch.equal(x, before)
+        assert torch.equal(y, model.transformer(x)[:, 0])
+
+
+def test_hooks_in_the_last_block_see_all_tokens():
+    model, x = vit()
+    fuse(model)
+    for grad in (False, True):
+        for name, module in model.transformer.layers[-1].named_modules():
+            if isinstance(module, torch.nn.ModuleList):
+                continue
+            seen = []
+            handle = module.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.shape))
+            with torch.set_grad_enabled(grad):
+                model(x)
+            handle.remove()
+            assert [shape[-2] for shape in seen] == [37], name
+
+
 def test_hooks_anywhere_see_what_they_saw(calls):
     model, x = vit()
     fuse(model)

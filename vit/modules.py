@@ -201,30 +201,41 @@ class FusedTransformer(Transformer):
     plain = Transformer
 
     def forward(self, x: Tensor) -> Tensor:
-        if not record.active and dtype_of_block(x) == x.dtype:
-            blocks = self.compiled(x)
-            if blocks:
-                return compiled.blocks(x, blocks, residual=True)
+        if blocks := self.compiled(x):
+            return compiled.blocks(x, blocks, residual=True)
         return self.plain.forward(self, x)
+
+    def first_token(self, x: Tensor) -> Tensor:
+        """self(x)[:, 0], (b, dim), without the last feed forward of all other tokens, unless a hook would miss them.
+
+        Where the blocks are one call, without the last queries of these as well: they give only keys and values.
+        """
+        last = self.layers[-1][1] if len(self.layers) and type(x) in PLAIN_TENSORS else None
+        if last is None or not untouched(self, type(self)) or not is_feed_forward(last, x):
+            return self(x)[:, 0]
+        if blocks := self.compiled(x):
+            return compiled.blocks(x, blocks, residual=True, first=True)
+        for attn, ff in self.layers:
+            x = attn(x) + x
+            if ff is last:
+                x = x[:, :1]
+            x = ff(x) + x
+        return x[:, 0]
 
     def compiled(self, x):
         """The blocks of kernels/compiled.py that are this module's; None where one has none, or is not surely one."""
+        if record.active or dtype_of_block(x) != x.dtype:
+            return None
         layers = self._modules["layers"]
         if any(type(module) is not nn.ModuleList for module in (layers, *layers._modules.values())):
             return None
         blocks = []
         for layer in layers._modules.values():
             for pre_norm in layer._modules.values():
-                kind = type(pre_norm)
-                if kind.forward is not FusedPreNorm.forward or not all_bare((kind,), (pre_norm,)):
-                    return None
-                norm, fn = pre_norm._modules["norm"], pre_norm._modules["fn"]
-                if not takes_norm(fn) or not all_bare((type(fn),), (fn,)):
-                    return None
-                parameters = fn.parts(x, norm)
+                parameters = bare_parts(pre_norm, x)
                 if parameters is None or needs_grad(x, *parameters):
                     return None
-                block = fn.compiled(x, norm, parameters)
+                block = pre_norm._modules["fn"].compiled(x, pre_norm._modules["norm"], parameters)
                 if block is None or parameters[-2].shape[0] != x.shape[-1]:
                     return None
                 blocks.append(block)
@@ -242,9 +253,28 @@ class FusedViT(ViT):
         x = apply(self.to_patch_embedding, img)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         x += self.positions()
-        x = self.transformer(self.dropout(x))
-        x = x.mean(dim=1) if self.pool == "mean" else x[:, 0]
+        x = self.dropout(x)
+        if self.pool == "mean":
+            x = self.transformer(x).mean(dim=1)
+        elif type(self.transformer).forward is FusedTransformer.forward:
+            x = self.transformer.first_token(x)
+        else:
+            x = self.transformer(x)[:, 0]
         return apply(self.mlp_head, self.to_latent(x))
+
+
+def bare_parts(pre_norm, x):
+    """The `parts` of what a FusedPreNorm holds; None where it is none, or has a hook, as has its `fn`, or these do."""
+    kind = type(pre_norm)
+    if kind.forward is not FusedPreNorm.forward or not all_bare((kind,), (pre_norm,)):
+        return None
+    norm, fn = pre_norm._modules["norm"], pre_norm._modules["fn"]
+    return fn.parts(x, norm) if takes_norm(fn) and all_bare((type(fn),), (fn,)) else None
+
+
+def is_feed_forward(pre_norm, x):
+    """Whether a block of x is surely feed forward, each token by itself, in which no hook sees one."""
+    return bare_parts(pre_norm, x) is not None and isinstance(pre_norm.fn, FeedForward)
 
 
 def takes_norm(module):
