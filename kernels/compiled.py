@@ -28,6 +28,7 @@ from .tuned import folder
 
 __all__ = [
     "DTYPES",
+    "LINE",
     "PANEL",
     "attention_backward",
     "attention_forward",
@@ -55,6 +56,7 @@ HEADS = "attention of {} keys: each thread holds one head's in fp32"
 SUMS = "sums over rows, in fp32, of up to 512 blocks of rows"
 SECONDS = 120  # for the compiler
 PANEL = 64  # columns of a Linear's output, or fewer on lesser processors
+LINE = 64  # bytes of a line of cache
 
 VARIABLE = "VITRITON_CPU_BF16"
 forced = from_environment(VARIABLE, ("auto", "pairs", "fp32"))
@@ -231,7 +233,8 @@ def block(
 
     norm: (its weight (K,), its bias (K,), eps), or None for the identity; first, second: (weight, bias or None), which
     `takes` holds for; no second is the identity. To be written: `statistics`, mean and rstd of x's rows, in fp32, and
-    `hidden`, what stands before and behind act between two Linears, if that is in whole panels of PANEL.
+    `hidden`, what stands before and behind act between two Linears, if that is in whole panels of PANEL and in memory
+    aligned to a LINE.
     """
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     made = _Block(

@@ -33,7 +33,8 @@ struct Linears {  // norm_weight, norm_bias (first.k) or null; second may be wit
   const void *norm_weight, *norm_bias;
   Linear first, second;
   float *mean, *rstd;  // of the norm's rows (rows), or null
-  void *z, *hidden;    // (rows, first.n), in whole panels, what stands before and behind the activation, or null
+  void *z, *hidden;    // (rows, first.n), in whole panels, aligned to a line of cache, what stands before and behind
+                       // the activation, or null
   float eps;
   int activation;
 };
@@ -236,8 +237,8 @@ static inline void finish_tile(const float* bias, int64_t wide, int64_t n, const
     if (x != nullptr && y == some) x = static_cast<To*>(memcpy(some, x, columns * sizeof(To)));
     for (int64_t j = 0; j < WIDE; j += L) {
       const vec before = load(c + r * WIDE + j) + load(bias + n + j), v = act(before);
-      if (z != nullptr) store(z + r * wide + n + j, before);
-      if (copy != nullptr) store(copy + r * wide + n + j, v);
+      if (z != nullptr) stream(z + r * wide + n + j, before);
+      if (copy != nullptr) stream(copy + r * wide + n + j, v);
       store_rounded<T>(y + j, x == nullptr ? v : rounded<T>(v) + load(x + j));
     }
     if (y == some) memcpy(to + r * to_step + n, some, columns * sizeof(To));
@@ -421,6 +422,7 @@ static int linears(const Linears& f, const T* x, const T* residual, T* y, int64_
         });
       });
     }
+    if (f.z != nullptr) end_of_streams();
   }
   return failed;
 }

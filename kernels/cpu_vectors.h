@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__AVX512BF16__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -70,6 +70,21 @@ static inline void store(uint16_t* p, vec v) {  // to the nearest, ties to even
   const hvec narrow = __builtin_convertvector(rounded, hvec);
 #endif
   memcpy(p, &narrow, sizeof narrow);
+}
+
+// store past the caches what is not read soon, to p aligned to a line: none is fetched for it, and none gives way
+template <class T>
+static inline void stream(T* p, vec v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<T, float>::value) return _mm512_stream_ps(p, (__m512)v);
+#endif
+  store(p, v);
+}
+// before another thread reads it
+static inline void end_of_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 // 2^x of x <= 0, or of NaN: 2^n times a polynomial in x - n, right to 2e-9 before its own rounding; 0 below 2^-126.

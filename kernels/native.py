@@ -267,6 +267,8 @@ def feed_forward_training(x, norm_weight, norm_bias, weight, bias, out_weight, o
     if weight.shape[0] % compiled.PANEL or not _are_compiled(x, norm_weight, norm_bias, first, second):
         return None
     hidden = [x.new_empty(*x.shape[:-1], weight.shape[0]) for _ in range(2)]
+    if any(t.data_ptr() % compiled.LINE for t in hidden):
+        return None
     block = compiled.block((norm_weight, norm_bias, eps), first, second, hidden=hidden, activation=activation)
     return compiled.blocks(x, [block]), *hidden
 
