@@ -25,7 +25,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("plain", "sdpa", "timm", "compile", "onnxruntime", "openvino")
 GHOSTNET = "timm:ghostnet_100"
 TOKENS = "50,197,257,577,1025"
-MODELS = ("ti-", "s-", "b-")
+MODELS, SIZES_TOO = ("ti-", "s-", "b-"), ("size-",)
 INFERENCE = f"--compare all,{GHOSTNET} --seconds 3"
 PIECES = {
     **{
@@ -33,6 +33,14 @@ PIECES = {
         for model in ("ti", "s", "b")
         for batch in (1, 8)
         for dtype in ("fp32", "bf16")
+    },
+    **{
+        f"size-{name}": f"--model {arguments} --dtype fp32,bf16 --seconds 3"
+        for name, arguments in {
+            "384px": "s --image-size 384 --batch 1",
+            "patch14": "vit_s14 --batch 3",
+            "large": "l --batch 1",
+        }.items()
     },
     **{f"train-{m}": f"--model {m} --batch 16 --dtype fp32 --step train --seconds 6" for m in ("ti", "s")},
     **{
@@ -139,7 +147,9 @@ def text(runs):
     absent = [piece for piece in PIECES if piece not in runs]
     old = [piece for piece, run in runs.items() if run["machine"].get("source") != source()]
     disturbed = [piece for piece, run in runs.items() if any(r.get("disturbed") for r in run["records"])]
-    inference, training, functions = (records_of(runs, *names) for names in (MODELS, ("train",), ("functions",)))
+    inference, sizes, training, functions = (
+        records_of(runs, *names) for names in (MODELS, SIZES_TOO, ("train",), ("functions",))
+    )
     parts = [
         "# Results on a CPU",
         f"{machine['device']} of {machine['cores']} cores, Python {machine['python']}; {versions}. "
@@ -162,6 +172,8 @@ def text(runs):
             ghostnet_table(inference),
             ghostnet_sentence(inference),
         ]
+    if sizes:
+        parts += ["## Other sizes, inference", models_table(sizes), summary(sizes), not_timed(sizes)]
     if training:
         parts += [
             "## A training step: forward, cross-entropy, all gradients",
@@ -185,6 +197,9 @@ def text(runs):
         "One image at 224 px. Kept: what the forward pass keeps in fp32 for its backward pass, besides parameters.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+CASE = "name", "tokens", "batch", "dtype"
 
 
 def cells(records, *names):
@@ -219,11 +234,11 @@ def ms(record, fastest):
 
 def models_table(records):
     rows = []
-    for (name, batch, dtype), rivals in cells(records, "name", "batch", "dtype").items():
+    for (name, tokens, batch, dtype), rivals in cells(records, *CASE).items():
         rivals = {rival: record for rival, record in rivals.items() if rival != GHOSTNET}
         ours, fastest = rivals["vitriton"], min(rivals.values(), key=lambda r: r["seconds"])
         best_peer = min(r["seconds"] for rival, r in rivals.items() if rival != "vitriton")
-        row = [f"{name}, batch {batch}, {charts.BITS[dtype]}"]
+        row = [f"{name}, {tokens} tokens, batch {batch}, {charts.BITS[dtype]}"]
         row += [ms(rivals.get(rival), fastest) for rival in ("vitriton", *PEERS)]
         row += [f"{rivals['plain']['seconds'] / ours['seconds']:.2f}x", f"{best_peer / ours['seconds']:.2f}x"]
         rows.append(row)
@@ -232,7 +247,7 @@ def models_table(records):
 
 def summary(records):
     gains = {"plain": [], "best": []}
-    for rivals in cells(records, "name", "batch", "dtype").values():
+    for rivals in cells(records, *CASE).values():
         ours = rivals["vitriton"]["seconds"]
         others = {rival: r["seconds"] for rival, r in rivals.items() if rival not in ("vitriton", GHOSTNET)}
         gains["plain"].append(others["plain"] / ours)
@@ -350,7 +365,8 @@ def ghostnet_sentence(records):
     return (
         "GhostNet (Han et al. 2020) is built to need few operations. Over these rows it does "
         f"{low_high[GHOSTNET]} GFLOP/s, the plain ViTs {low_high['plain']}, the fused ones {low_high['vitriton']}: "
-        "time differs by less than the counts do. Fusing changes no count, only the time."
+        "time differs by less than the counts do. Rates are by the plain model's operations, of which the fused one leaves "
+        "out those in the last block that no logit depends on."
     )
 
 
