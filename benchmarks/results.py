@@ -365,8 +365,8 @@ def ghostnet_sentence(records):
     return (
         "GhostNet (Han et al. 2020) is built to need few operations. Over these rows it does "
         f"{low_high[GHOSTNET]} GFLOP/s, the plain ViTs {low_high['plain']}, the fused ones {low_high['vitriton']}: "
-        "time differs by less than the counts do. Rates are by the plain model's operations, of which the fused one leaves "
-        "out those in the last block that no logit depends on."
+        "time differs by less than the counts do. Rates are by the plain model's operations; the fused one leaves out "
+        "those of the last block that no logit depends on."
     )
 
 

@@ -14,8 +14,9 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from . import native, ops
+from . import native
 from .backend import chosen_backend, takes_triton
+from .direct import DIRECT, watching
 from .packed import GELU, linear
 
 __all__ = ["attention_block", "dtype_of_block", "feed_forward_block"]
@@ -26,7 +27,7 @@ def dtype_of_block(x):
 
     None where that may not be: something watches operators, or x is empty, of another class, device or dtype.
     """
-    if ops.watching() or type(x) is not torch.Tensor or not x.is_cpu or x.dtype not in ops.DIRECT or not x.numel():
+    if watching() or type(x) is not torch.Tensor or not x.is_cpu or x.dtype not in DIRECT or not x.numel():
         return None
     if takes_triton(chosen_backend(), x):
         return None
@@ -111,7 +112,7 @@ def _backward(ctx, grad, backward_between, formula):
     if grad is None:
         return (None,) * 10
     needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
-    if torch.is_grad_enabled() or ops.watching() or torch._C._functorch.is_legacy_batchedtensor(grad):
+    if torch.is_grad_enabled() or watching() or torch._C._functorch.is_legacy_batchedtensor(grad):
         # a gradient of this gradient may be to come, or this is a batch of them
         return None, None, None, *_backward_of_formula(ctx, grad, needs, saved[:7], formula)
     x, norm_weight, norm_bias, weight, _, out_weight, _, hidden, *kept = saved

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from . import ops
+from . import direct, ops
 from .backend import chosen_backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -89,7 +89,7 @@ def attention(q, k, v, *, scale=None):
         q, k, v = _autocast(dtype, q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, t, "q", q)
-    return ops.call_attention(q, k, v, scale, chosen_backend(), needs_grad=ops.needs_grad(q, k, v))
+    return ops.call_attention(q, k, v, scale, chosen_backend(), needs_grad=direct.needs_grad(q, k, v))
 
 
 def qkv_attention(qkv, heads, *, scale=None):
@@ -114,7 +114,7 @@ def qkv_attention(qkv, heads, *, scale=None):
     if dtype is not None:
         (qkv,) = _autocast(dtype, qkv)
     _check_tensor("qkv", qkv, "qkv", qkv)
-    return ops.call_qkv_attention(qkv, heads, scale, chosen_backend(), needs_grad=ops.needs_grad(qkv))
+    return ops.call_qkv_attention(qkv, heads, scale, chosen_backend(), needs_grad=direct.needs_grad(qkv))
 
 
 def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
@@ -159,7 +159,7 @@ def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5,
         _check_tensor("bias", bias, "weight", weight)
     _check_tensor("norm_weight", norm_weight, "x", x, or_float32=True)
     _check_tensor("norm_bias", norm_bias, "norm_weight", norm_weight)
-    needs_grad = ops.needs_grad(x, norm_weight, norm_bias, weight, bias)
+    needs_grad = direct.needs_grad(x, norm_weight, norm_bias, weight, bias)
     save = activation is not None and needs_grad
     return ops.call_layer_norm_linear(
         x, norm_weight, norm_bias, weight, bias, eps, activation, save, chosen_backend(), needs_grad=needs_grad

@@ -214,7 +214,7 @@ def linear_backward(grad, x, weight, need_dx, need_dweight, need_dbias):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For blocks in inference: see ops.direct. The bits are those of the functions above.
+# For blocks in inference: see direct.py. The bits are those of the functions above.
 
 
 def layer_norm_linear_inference(x, norm_weight, norm_bias, weight, bias, eps, activation=None, *, may_pack=True):

@@ -14,7 +14,8 @@ import setuptools
 ROOT = Path(__file__).parent.parent
 EXTRAS = ["sklearn", "matplotlib", "PIL", "rich", "pytest", "hypothesis"]
 EXTRAS += ["timm", "transformers", "torchvision", "vit_pytorch", "open_clip", "onnx", "onnxruntime", "openvino"]
-PLAIN_MODULES = ["functions", "ops", "native", "launch", "configs", "reference"]  # of kernels, without kernels inside
+# of kernels, without kernels inside
+PLAIN_MODULES = ["functions", "ops", "direct", "native", "launch", "configs", "reference"]
 
 
 def files(*folders):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 from vitriton.kernels import compiled, gradients, layer_norm_linear, native_attention, packed, use_backend
-from vitriton.kernels.ops import linear
+from vitriton.kernels.direct import linear
 from vitriton.kernels.reference import compare
 from vitriton.vit import Attention, FeedForward, PreNorm, fuse
 

@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import compiled, layer_norm_linear, qkv_attention
 from ..kernels.blocks import attention_block, dtype_of_block, feed_forward_block
+from ..kernels.direct import direct, direct_layer_norm_linear, linear, needs_grad
 from ..kernels.functions import MAX_HEAD_DIM, MIN_HEAD_DIM
 from ..kernels.native import (
     compiled_attention,
@@ -21,7 +22,6 @@ from ..kernels.native import (
     layer_norm_linear_inference,
     qkv_attention_inference,
 )
-from ..kernels.ops import direct, direct_layer_norm_linear, linear, needs_grad
 from ..kernels.packed import forget
 from ..kernels.packed import linear as native_linear
 from . import record

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ...kernels.ops import linear
+from ...kernels.direct import linear
 from ..forms import Form, drops, unlike_heads
 from ..known import name_of
 from ..modules import PLAIN_TENSORS, merged_with, untouched
