@@ -1,6 +1,6 @@
 """What the tests of the `vitriton` command share: how it is run in a process of its own, and what is missing there.
 
-A pytest plugin, for its fixtures: `pytest_plugins = ["commands"]` in a test file.
+A pytest plugin, for its fixtures: `pytest_plugins = ["commands"]` in a test file. PYTEST_DONT_REWRITE.
 """
 
 import os

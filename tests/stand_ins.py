@@ -1,6 +1,6 @@
 """What the tests of `vitriton bench` share: a tiny size of ViT, and rivals who take the time that they say.
 
-A pytest plugin, for its fixtures: `pytest_plugins = ["stand_ins"]` in a test file.
+A pytest plugin, for its fixtures: `pytest_plugins = ["stand_ins"]` in a test file. PYTEST_DONT_REWRITE.
 """
 
 import pytest
