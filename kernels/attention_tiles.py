@@ -70,8 +70,10 @@ def _zero_parts(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.
 @triton.jit
 def _dot_parts(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """a bᵀ, summed over both parts of the head dim."""
-    b0, b1 = _trans_parts(b0, b1, D1)
-    return _dot_trans(a0, a1, b0, b1, D1, ACC, PRECISION)
+    c = tl.dot(a0, tl.trans(b0), out_dtype=ACC, input_precision=PRECISION)
+    if D1 > 0:  # transposed only now: both before the first product cost 2% on sm_100 at head dim 256
+        c = tl.dot(a1, tl.trans(b1), c, out_dtype=ACC, input_precision=PRECISION)
+    return c
 
 
 @triton.jit
