@@ -133,5 +133,5 @@ def test_ctrl_c_ends_cleanly(tmp_path):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert error.strip() == "vitriton demo: stopped"
