@@ -25,7 +25,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("plain", "sdpa", "timm", "compile", "onnxruntime", "openvino")
 GHOSTNET = "timm:ghostnet_100"
 TOKENS = "50,197,257,577,1025"
-MODELS, SIZES_TOO = ("ti-", "s-", "b-"), ("size-",)
+MODELS, OTHER_SIZES = ("ti-", "s-", "b-"), ("size-",)
 INFERENCE = f"--compare all,{GHOSTNET} --seconds 3"
 PIECES = {
     **{
@@ -148,7 +148,7 @@ def text(runs):
     old = [piece for piece, run in runs.items() if run["machine"].get("source") != source()]
     disturbed = [piece for piece, run in runs.items() if any(r.get("disturbed") for r in run["records"])]
     inference, sizes, training, functions = (
-        records_of(runs, *names) for names in (MODELS, SIZES_TOO, ("train",), ("functions",))
+        records_of(runs, *names) for names in (MODELS, OTHER_SIZES, ("train",), ("functions",))
     )
     parts = [
         "# Results on a CPU",

@@ -307,6 +307,19 @@ def test_the_first_token_alone(shape, depth, dtype, calls):
         assert torch.equal(y, model.transformer(x)[:, 0])
 
 
+@compiled_dtypes
+def test_the_first_token_of_a_last_layer_without_attention(dtype):
+    """Two feed forwards: nothing gathers the first tokens for them."""
+    plain, x = vit(dtype)
+    plain.transformer.layers[-1][0] = copy.deepcopy(plain.transformer.layers[-1][1])
+    model = copy.deepcopy(plain)
+    fuse(model)
+    with torch.no_grad():
+        y, base, gold = model(x), plain(x), copy.deepcopy(plain).double()(x.double())
+    error = compare("logits", y, base, gold, k=2)
+    assert error, str(error)
+
+
 def test_hooks_in_the_last_block_see_all_tokens():
     model, x = vit()
     fuse(model)

@@ -210,11 +210,14 @@ class FusedTransformer(Transformer):
 
         Where the blocks are one call, without the last queries of these as well: they give only keys and values.
         """
-        last = self.layers[-1][1] if len(self.layers) and type(x) in PLAIN_TENSORS else None
-        if last is None or not untouched(self, type(self)) or not is_feed_forward(last, x):
+        if type(x) not in PLAIN_TENSORS or not untouched(self, type(self)) or not len(self.layers):
             return self(x)[:, 0]
-        if blocks := self.compiled(x):
+        blocks = self.compiled(x)
+        if blocks and blocks[-2].heads and not blocks[-1].heads:
             return compiled.blocks(x, blocks, residual=True, first=True)
+        last = self.layers[-1][1]
+        if not is_feed_forward(last, x):
+            return self(x)[:, 0]
         for attn, ff in self.layers:
             x = attn(x) + x
             if ff is last:
