@@ -127,7 +127,8 @@ def test_training_learns_and_repeats_itself():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 def test_ctrl_c_ends_cleanly(tmp_path):
-    run = command("demo", "--epochs", "20", "--device", "cpu", "--out", str(tmp_path / "a.png"))
+    # it trains for long, or it would be over, with an exit code of its own, where this process is kept from going on
+    run = command("demo", "--epochs", "40", "--device", "cpu", "--out", str(tmp_path / "a.png"))
     with subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while "10%" not in process.stdout.readline():  # it trains
             assert process.poll() is None
