@@ -19,6 +19,7 @@ def watching():
     """Whether a mode or a transform sees operators, or changes them: tracing, counting, fakes, ..."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
     )

@@ -71,6 +71,31 @@ def test_native(family):
     assert all(torch.equal(again[name], base[name]) for name in base)
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("family", LIBRARIES)
+def test_in_training_a_block_is_one_function(family):
+    model = build(family).train()
+    fuse(model)
+    attention = 0 if "transformers" in family else 2  # q, k and v come from Linears of their own there
+    assert functions(model(images())) == {"_AttentionBlockBackward": attention, "_FeedForwardBlockBackward": 2}
+    for linear in model.modules():
+        if type(linear) is nn.Linear:
+            linear.register_forward_hook(lambda *_: None)
+    attention = 2 if family in ("torchvision", "open_clip") else 0  # nn.MultiheadAttention calls no Linear
+    assert functions(model(images())) == {"_AttentionBlockBackward": attention, "_FeedForwardBlockBackward": 0}
+
+
+def functions(output):
+    """How many functions of kernels/blocks.py autograd has kept for an output."""
+    nodes, found = {output.grad_fn}, set()
+    while nodes:
+        node = nodes.pop()
+        found.add(node)
+        nodes |= {function for function, _ in node.next_functions if function is not None} - found
+    names = [node.name() for node in found]
+    return {name: names.count(name) for name in ("_AttentionBlockBackward", "_FeedForwardBlockBackward")}
+
+
 @pytest.mark.parametrize("family", LIBRARIES)
 def test_kernels(family, device):
     model = build(family).to(device)

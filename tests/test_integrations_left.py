@@ -316,6 +316,25 @@ def test_hooks_see_the_same(family):
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("family", ["timm", "transformers ViT", "torchvision", "open_clip", "vit-pytorch"])
+def test_no_hook_is_passed_over(family):
+    """Each by itself: other hooks would keep a block from being one call."""
+    plain = build(family)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    calls = []
+    for grad in (False, True):
+        for (name, module), other in zip(plain.named_modules(), fused.modules(), strict=True):
+            handles = [m.register_forward_hook(lambda m, *_: calls.append(m)) for m in (module, other)]
+            with torch.set_grad_enabled(grad):
+                plain(X)
+                fused(X)
+            assert calls.count(module) == calls.count(other), name
+            calls.clear()
+            for handle in handles:
+                handle.remove()
+
+
 def leaves(value):
     return [t for t in torch.utils._pytree.tree_leaves(value) if t is None or isinstance(t, torch.Tensor)]
 

@@ -14,7 +14,7 @@ from fused_blocks import called
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
-from vitriton.kernels import packed
+from vitriton.kernels import packed, use_backend
 from vitriton.vit import FusedPreNorm, ViT, fuse, unfuse
 
 pytestmark = pytest.mark.usefixtures("unguarded", "native")
@@ -223,6 +223,16 @@ def test_export_of_a_model(training, linears_by_pytorch):
     assert targets.count("vitriton.layer_norm_linear.default") == 4
     assert targets.count("vitriton.qkv_attention.default") == 2
     assert torch.equal(program.module()(x[:3]), model(x[:3]))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_model_that_is_traced(differentiable):
+    """By torch.jit.trace, as torch.onnx does without dynamo: what is called past the operators it would not see."""
+    model, (x, _) = vit(fused=True).eval(), images()
+    with torch.set_grad_enabled(differentiable), use_backend("native"):
+        traced = torch.jit.trace(model, x, check_trace=False)
+        torch.testing.assert_close(traced(x + 1), model(x + 1))
 
 
 def test_averaged_model():

@@ -7,24 +7,19 @@ another class (DTensor), the modules are called one by one as in the plain block
 A hook on every module (torch.nn.modules.module.register_module_forward_hook, torch's FlopCounterMode) counts as such.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import compiled, layer_norm_linear, qkv_attention
-from ..kernels.blocks import attention_block, dtype_of_block, feed_forward_block
+from ..kernels.blocks import dtype_of_block
 from ..kernels.direct import direct, direct_layer_norm_linear, linear, needs_grad
-from ..kernels.functions import MAX_HEAD_DIM, MIN_HEAD_DIM
-from ..kernels.native import (
-    compiled_attention,
-    compiled_feed_forward,
-    layer_norm_linear_inference,
-    qkv_attention_inference,
-)
+from ..kernels.native import compiled_attention, compiled_feed_forward
 from ..kernels.packed import forget
-from ..kernels.packed import linear as native_linear
 from . import record
+from .at_once import PLAIN_TENSORS, all_plain, attention_at_once, feed_forward_at_once, fits_heads, parameters_of
 from .known import is_layer_norm
 from .notes import NOT_MERGED, note
 from .reference import Attention, FeedForward, PreNorm, Transformer, ViT
@@ -33,7 +28,6 @@ __all__ = ["FusedAttention", "FusedFeedForward", "FusedPreNorm", "FusedTransform
 
 LOOKED_AT = "something looks at the attention weights, or changes them"
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # nn.GELU's approximate -> layer_norm_linear's activation
-PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # the last under torch.export; other subclasses act as they like
 
 
 class _Packs:
@@ -78,27 +72,16 @@ class FusedAttention(_Packs, Attention):
         dropout = modules.get("dropout")
         if not all_bare(kinds, leaves) or attend.dim != -1 or not (dropout is None or idle(dropout)):
             return None
-        head_dim, rest = divmod(to_qkv.out_features, 3 * self.heads)
-        if x.dim() != 3 or rest or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        if not fits_heads(x, to_qkv.out_features, self.heads):
             return None
-        return all_plain(x, norm, *linears)
+        return all_plain(x, norm, *chain.from_iterable(map(parameters_of, linears)))
 
     def directly(self, x, norm, dtype):
         """self(x, norm), with products in the dtype_of_block, past all calls; None where it is not surely the same."""
         parameters = self.parts(x, norm)
         if parameters is None:
             return None
-        if needs_grad(x, *parameters):
-            if not parameters[4:] or min(x.shape[1:]) < 2 or dtype == torch.float16:
-                return None
-            return attention_block(x, *parameters, heads=self.heads, scale=self.scale, eps=norm.eps, dtype=dtype)
-        if dtype != x.dtype:
-            return None
-        if block := self.compiled(x, norm, parameters):
-            return compiled.blocks(x, [block])
-        qkv = layer_norm_linear_inference(x, *parameters[:4], norm.eps)
-        y = qkv_attention_inference(qkv, self.heads, self.scale)
-        return native_linear(y, *parameters[4:]) if parameters[4:] else y
+        return attention_at_once(x, parameters, heads=self.heads, scale=self.scale, eps=norm.eps, dtype=dtype)
 
     def compiled(self, x, norm, parameters):
         """The block of kernels/compiled.py that is this one, with these `parts`; None if there is none."""
@@ -143,24 +126,14 @@ class FusedFeedForward(_Packs, FeedForward):
         leaves = (norm, net, *net._modules.values())
         if not all_bare(IN_FEED_FORWARD, leaves):
             return None
-        return all_plain(x, norm, leaves[2], leaves[5])
+        return all_plain(x, norm, *parameters_of(leaves[2]), *parameters_of(leaves[5]))
 
     def directly(self, x, norm, dtype):
         """self(x, norm), with products in the dtype_of_block, past all calls; None where it is not surely the same."""
         parameters = self.parts(x, norm)
         if parameters is None:
             return None
-        if needs_grad(x, *parameters):
-            if x.shape[-1] < 2 or dtype == torch.float16:
-                return None
-            activation = self._activation()
-            return feed_forward_block(x, *parameters, activation=activation, eps=norm.eps, dtype=dtype)
-        if dtype != x.dtype:
-            return None
-        if block := self.compiled(x, norm, parameters):
-            return compiled.blocks(x, [block])
-        hidden = layer_norm_linear_inference(x, *parameters[:4], norm.eps, self._activation())
-        return native_linear(hidden, *parameters[4:])
+        return feed_forward_at_once(x, parameters, activation=self._activation(), eps=norm.eps, dtype=dtype)
 
     def compiled(self, x, norm, parameters):
         """The block of kernels/compiled.py that is this one, with these `parts`; None if there is none."""
@@ -307,21 +280,6 @@ def all_bare(kinds, modules):
     return True
 
 
-def all_plain(x, norm, *linears):
-    """Weights and biases of a LayerNorm of x's last dim, and of Linears; None where one is no plain tensor like x."""
-    k, dtype = x.shape[-1], x.dtype
-    parameters = []
-    for module in (norm, *linears):
-        own = module._parameters
-        parameters += own.get("weight"), own.get("bias")
-    for p in parameters:
-        if p is not None and (type(p) not in PLAIN_TENSORS or p.dtype != dtype or not p.is_cpu):
-            return None
-    norm_weight, norm_bias, weight = parameters[:3]
-    fits = norm_bias is not None and norm_weight is not None and weight is not None and norm_weight.shape == (k,)
-    return parameters if fits and weight.shape[1] == k else None
-
-
 def untouched(module, kind):
     """Whether `module` is a `kind` and no subclass of it, with no hook on it and no forward of its own."""
     return (
@@ -338,20 +296,23 @@ def idle(module):
     return untouched(module, nn.Dropout) and not (module.training and module.p)
 
 
+def is_bare_norm(module):
+    """Whether `module` is a LayerNorm of the last dim, with nothing on it."""
+    return is_layer_norm(module) and untouched(module, type(module)) and len(module.normalized_shape) == 1
+
+
 def merged(x, norm, fn, activation=None):
     """activation(fn(norm(x))) in one call, fn being a Linear; None where that is not surely the same."""
     if not untouched(fn, nn.Linear):
         return None
-    # read from the dicts in which nn.Module keeps them: by attribute each takes a microsecond
-    weight, bias = fn._parameters.get("weight"), fn._parameters.get("bias")
-    return merged_with(x, norm, weight, bias, activation)
+    return merged_with(x, norm, *parameters_of(fn), activation)
 
 
 def merged_with(x, norm, weight, bias, activation=None):
     """activation(norm(x) weightᵀ + bias) in one call; None where that is not surely the same."""
-    if not (is_layer_norm(norm) and untouched(norm, type(norm)) and len(norm.normalized_shape) == 1):
+    if not is_bare_norm(norm):
         return None
-    norm_weight, norm_bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    norm_weight, norm_bias = parameters_of(norm)
     if not (type(norm_weight) in PLAIN_TENSORS and type(norm_bias) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS):
         return None
     if direct(x):
@@ -368,7 +329,7 @@ def apply(module, x):
             x = apply(child, x)
         return x
     if untouched(module, nn.Linear):
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        weight, bias = parameters_of(module)
         if type(weight) in PLAIN_TENSORS and type(bias) in PLAIN_TENSORS:
             return linear(x, weight, bias)
     elif idle(module):

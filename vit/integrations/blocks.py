@@ -4,14 +4,19 @@ A fused block of a library is a class of two bases: one of these files' classes,
 library's own class, `plain`, whose forward holds wherever the fused one cannot replace it.
 """
 
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.fx import Proxy
 
 from ...kernels import attention, qkv_attention
+from ...kernels.blocks import dtype_of_block
 from .. import record
+from ..at_once import PLAIN_TENSORS, all_plain, attention_at_once, feed_forward_at_once, fits_heads, parameters_of
 from ..known import QUICK_GELUS, gelu_of
-from ..modules import PLAIN_TENSORS, _Packs, apply, merged, untouched
+from ..modules import _Packs, apply, idle, is_bare_norm, merged, untouched
 from ..notes import NOT_MERGED, note
 
 
@@ -65,6 +70,35 @@ def attend(module, q, k, v, scale):
     return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
+def attend_at_once(x, norm, qkv, out, heads, scale):
+    """Linear(attention(Linear(norm(x)))), x (B,N,C), in one step; None where that is not surely the same.
+
+    qkv and out are (weight, bias), or None.
+    """
+    if record.active or not qkv or not fits_heads(x, len(qkv[0]), heads):
+        return None
+    return _at_once(attention_at_once, x, norm, qkv, out, heads=heads, scale=scale)
+
+
+def lone_linear(*layers):
+    """(weight, bias) of the one Linear among the layers, if the others do nothing and nothing is on any of them."""
+    found = None
+    for layer in layers:
+        if found is None and untouched(layer, nn.Linear):
+            found = parameters_of(layer)
+        elif not (idle(layer) or untouched(layer, nn.Identity)):
+            return None
+    return found
+
+
+def _at_once(block, x, norm, *linears, **how):
+    dtype = dtype_of_block(x)
+    if dtype is None or not all(linears) or not is_bare_norm(norm):
+        return None
+    parameters = all_plain(x, norm, *chain.from_iterable(linears))
+    return None if parameters is None else block(x, parameters, eps=norm.eps, dtype=dtype, **how)
+
+
 def project(module, x, norm, fn, activation=None):
     """activation(fn(norm(x))), in one call where that is surely the same; fn is a Linear, norm may be None."""
     if norm is not None:
@@ -81,6 +115,10 @@ def feed_forward(module, x, norm, layers):
     """`layers` one after the other on norm(x); the first is a Linear, which `norm` and a GELU behind it join."""
     first, act, *rest = layers
     kind = gelu_of(act) if untouched(act, type(act)) else None
+    if kind is not None:
+        y = _at_once(feed_forward_at_once, x, norm, lone_linear(first), lone_linear(*rest), activation=kind)
+        if y is not None:
+            return y
     x = project(module, x, norm, first, kind)
     if kind is None:
         x = quick_gelu(x) if type(act) in QUICK_GELUS and untouched(act, type(act)) else apply(act, x)

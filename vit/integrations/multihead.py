@@ -13,7 +13,7 @@ from ..forms import Form, drops, unlike_heads
 from ..known import name_of
 from ..modules import PLAIN_TENSORS, merged_with, untouched
 from ..notes import NOT_MERGED, note
-from .blocks import TakesNorm, attend_packed, not_plain
+from .blocks import TakesNorm, attend_at_once, attend_packed, not_plain
 
 __all__ = ["FORMS", "FusedMultiheadAttention", "attend_to_itself"]
 
@@ -54,20 +54,25 @@ class FusedMultiheadAttention(TakesNorm):
 
     def _fused(self, x, norm):
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        qkv = None
+        # nn.MultiheadAttention reads the weights of its out_proj, and does not call it
+        out_weight, out_bias = self.out_proj.weight, self.out_proj.bias
+        qkv, scale = None, self.head_dim**-0.5
         if norm is not None:
+            if self.batch_first:
+                y = attend_at_once(x, norm, (weight, bias), (out_weight, out_bias), self.num_heads, scale)
+                if y is not None:
+                    return y
             qkv = merged_with(x, norm, weight, bias)
             if qkv is None:
                 note(self, NOT_MERGED)
                 x = norm(x)
         if qkv is None:
             qkv = _linear(x, weight, bias)
-        scale = self.head_dim**-0.5
         if self.batch_first:
             out = attend_packed(self, qkv, self.num_heads, scale)
         else:
             out = attend_packed(self, qkv.transpose(0, 1), self.num_heads, scale).transpose(0, 1)
-        return _linear(out, self.out_proj.weight, self.out_proj.bias)
+        return _linear(out, out_weight, out_bias)
 
 
 def attend_to_itself(attention, norm, x, attn_mask=None):
@@ -79,7 +84,6 @@ def attend_to_itself(attention, norm, x, attn_mask=None):
 
 
 def _linear(x, weight, bias):
-    # nn.MultiheadAttention reads the weights of its out_proj, and does not call it
     if type(weight) in PLAIN_TENSORS and type(bias) in PLAIN_TENSORS:
         return linear(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -15,8 +15,10 @@ from .blocks import (
     TakesNorm,
     asked_for,
     attend,
+    attend_at_once,
     attend_packed,
     feed_forward,
+    lone_linear,
     not_plain,
     project,
     traced,
@@ -44,9 +46,15 @@ class FusedAttention(TakesNorm):
         if gate is not None:
             x, norm = x if norm is None else norm(x), None
             gate = gate(x).sigmoid()
-        qkv = project(self, x, norm, self.qkv)
         q_norm, k_norm = self.q_norm, self.k_norm
-        if untouched(q_norm, nn.Identity) and untouched(k_norm, nn.Identity):
+        packed = untouched(q_norm, nn.Identity) and untouched(k_norm, nn.Identity)
+        if packed and gate is None:
+            out = lone_linear(self.norm, self.proj, self.proj_drop)
+            y = attend_at_once(x, norm, lone_linear(self.qkv), out, self.num_heads, self.scale)
+            if y is not None:
+                return y
+        qkv = project(self, x, norm, self.qkv)
+        if packed:
             x = attend_packed(self, qkv, self.num_heads, self.scale)
         else:
             b, n, _ = qkv.shape

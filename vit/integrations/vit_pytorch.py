@@ -26,7 +26,7 @@ from ..modules import (
 )
 from ..notes import note
 from ..reference import Attention, FeedForward, PreNorm, Transformer
-from .blocks import Fused, attend_packed, feed_forward, not_plain, project
+from .blocks import Fused, attend_at_once, attend_packed, feed_forward, lone_linear, not_plain, project
 
 __all__ = ["FusedNormAttention", "FusedNormFeedForward", "form_of"]
 
@@ -43,6 +43,11 @@ class FusedNormAttention(Fused):
         elif dropout is not None and not idle(dropout):
             why = "dropout drops, or has a hook"
         else:
+            to_out = self.to_out if untouched(self.to_out, nn.Sequential) else (self.to_out,)
+            out = lone_linear(*to_out)
+            y = attend_at_once(x, self.norm, lone_linear(self.to_qkv), out, self.heads, self.scale)
+            if y is not None:
+                return y
             qkv = project(self, x, self.norm, self.to_qkv)
             return apply(self.to_out, attend_packed(self, qkv, self.heads, self.scale))
         note(self, why)
