@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from library_models import FAMILIES, build
+from torch import nn
 from vitriton.vit import Attention, cli, explain, fuse, verify
 from vitriton.vit.integrations import timm as timm_blocks
 
@@ -38,16 +39,16 @@ def test_of_a_model_that_is_fused():
 
 
 WRONG = {
-    "scale": lambda self, x, norm, fn, activation=None: 1.0001 * right_project(self, x, norm, fn, activation),
-    "no gradient": lambda self, x, norm, fn, activation=None: right_project(self, x.detach(), norm, fn, activation),
-    "no norm": lambda self, x, norm, fn, activation=None: right_project(self, x, None, fn, activation),
+    "scale": lambda x, *others: 1.0001 * right_attention(x, *others),
+    "no gradient": lambda x, *others: right_attention(x.detach(), *others),
+    "another norm": lambda x, norm, *others: right_attention(x, nn.LayerNorm(x.shape[-1]), *others),
 }
-right_project = timm_blocks.project
+right_attention = timm_blocks.attend_at_once
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong(wrong, monkeypatch):
-    monkeypatch.setattr(timm_blocks, "project", WRONG[wrong])
+    monkeypatch.setattr(timm_blocks, "attend_at_once", WRONG[wrong])
     verdict = verify(build("timm"), X)
     assert not verdict
     assert re.search(r"  WRONG blocks.0: (output|gradient)", str(verdict))
@@ -100,7 +101,7 @@ def test_check_model(capsys):
 
 def test_check_model_that_is_wrong(capsys, monkeypatch):
     pytest.importorskip("timm", reason="timm is not installed")
-    monkeypatch.setattr(timm_blocks, "project", WRONG["scale"])
+    monkeypatch.setattr(timm_blocks, "attend_at_once", WRONG["scale"])
     assert cli.main(["check", "--model", "timm:test_vit", "--only", "native"]) == 1
     assert "FAILED: timm:test_vit, 2 verdicts" in capsys.readouterr().out
 
