@@ -272,7 +272,7 @@ per needed pair. Nothing is timed. The worst come first. What was compiled once 
         examples="""\
 examples:
   vitriton compile --arch sm_90 --dtype bf16 --head-dim 64       a few dozen kernels, about a minute
-  vitriton compile --json report.json                            the whole table, a quarter of an hour the first time
+  vitriton compile --json report.json                            the whole table, 15 to 25 minutes the first time
   vitriton compile --arch sm_80 --kernel attention_fwd --head-dim 64 --dump code""",
         zero="everything compiles, and fits into its chip",
         one="something does not: it stands first in the table, or on a line that starts with FAIL",
