@@ -6,7 +6,7 @@
 They are what the public functions and F.linear give, one after the other, each of which costs tens of microseconds in
 Python and in autograd, as long as a product of a small ViT takes, and copies what the next one copies again. Kept for
 the backward pass: the inputs (and what autocast cast of them), q, k and v, what attention gives, what GELU takes and
-gives. Nothing is checked here: see vit/modules.py.
+gives. Nothing is checked here: see vit/at_once.py.
 """
 
 from contextlib import nullcontext

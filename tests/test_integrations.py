@@ -85,6 +85,33 @@ def test_in_training_a_block_is_one_function(family):
     assert functions(model(images())) == {"_AttentionBlockBackward": attention, "_FeedForwardBlockBackward": 0}
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("names", [("weight", "bias"), ("bias",)], ids=" and ".join)
+@pytest.mark.parametrize("family", ["timm", "vit-pytorch", "transformers ViT"])
+def test_linears_whose_tensors_are_no_parameters(family, names):
+    """As FSDP1 leaves them, which puts views of one long parameter in their place."""
+    model, x = build(family), images()
+    expected = model(x).detach()
+    fuse(model)
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    for one in (*linears, None):  # each by itself, and then all
+        changed = [one] if one else linears
+        kept = [dict(linear._parameters) for linear in changed]
+        for linear in changed:
+            for name in names:
+                if (parameter := linear._parameters.pop(name)) is not None:
+                    setattr(linear, name, parameter.detach() + 0)
+                else:
+                    linear._parameters[name] = None
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(model(x).detach(), expected)
+        for linear, parameters in zip(changed, kept, strict=True):
+            for name in names:
+                linear.__dict__.pop(name, None)
+            linear._parameters.update(parameters)
+
+
 def functions(output):
     """How many functions of kernels/blocks.py autograd has kept for an output."""
     nodes, found = {output.grad_fn}, set()

@@ -26,9 +26,10 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # the last under torch.expor
 
 
 def parameters_of(module):
-    """The weight and the bias of a Linear or a LayerNorm, or None for each."""
+    """The weight and the bias of a Linear or a LayerNorm, None for each that it has not; None for both where they are
+    no parameters, such as the views of one that FSDP1 puts in their place."""
     own = module._parameters  # by attribute each takes a microsecond
-    return own.get("weight"), own.get("bias")
+    return (own.get("weight"), own["bias"]) if "bias" in own else (None, None)
 
 
 def all_plain(x, norm, *parameters):
@@ -39,9 +40,10 @@ def all_plain(x, norm, *parameters):
     for p in parameters:
         if p is not None and (type(p) not in PLAIN_TENSORS or p.dtype != dtype or not p.is_cpu):
             return None
-    norm_weight, norm_bias, weight = parameters[:3]
-    fits = norm_bias is not None and norm_weight is not None and weight is not None and norm_weight.shape == (k,)
-    return parameters if fits and weight.shape[1] == k else None
+    norm_weight, norm_bias, weight, *_ = parameters
+    if norm_bias is None or any(w is None for w in parameters[::2]):
+        return None
+    return parameters if norm_weight.shape == (k,) and weight.shape[1] == k else None
 
 
 def fits_heads(x, features, heads):

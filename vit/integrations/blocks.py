@@ -75,7 +75,7 @@ def attend_at_once(x, norm, qkv, out, heads, scale):
 
     qkv and out are (weight, bias), or None.
     """
-    if record.active or not qkv or not fits_heads(x, len(qkv[0]), heads):
+    if record.active or not qkv or qkv[0] is None or not fits_heads(x, len(qkv[0]), heads):
         return None
     return _at_once(attention_at_once, x, norm, qkv, out, heads=heads, scale=scale)
 
