@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import command, vitriton
 from vitriton.kernels import native, packed, use_backend
-from vitriton.vit import console, costs, demo, modules, timing
+from vitriton.vit import at_once, console, costs, demo, timing
 from vitriton.vit.cli import build_parser, main
 
 pytest_plugins = ["commands"]
@@ -85,7 +85,7 @@ def test_demo_fails_if_it_has_not_learnt(capsys, tmp_path):
 
 
 def test_costs_judge_answers(monkeypatch):
-    forward = modules.layer_norm_linear_inference
+    forward = at_once.layer_norm_linear_inference
 
     def wrong(*args):
         return forward(*args) * 1.001
@@ -93,7 +93,7 @@ def test_costs_judge_answers(monkeypatch):
     monkeypatch.setattr(packed, "forced", "pytorch")
     with use_backend("native"):
         right = costs.cost("ti", "forward", 1, CPU, seconds=0)
-        monkeypatch.setattr(modules, "layer_norm_linear_inference", wrong)
+        monkeypatch.setattr(at_once, "layer_norm_linear_inference", wrong)
         record = costs.cost("ti", "forward", 1, CPU, seconds=0)
     assert right["ok"] and costs._cells(right)[-1] == "same"
     assert not record["ok"] and costs._cells(record)[-1] == "WRONG"
