@@ -55,8 +55,10 @@ def fits_heads(x, features, heads):
 def attention_at_once(x, parameters, *, heads, scale, eps, dtype):
     """Linear(attention(Linear(LayerNorm(x)))), x (B,N,K), with products in the dtype_of_block; None where it cannot be.
 
-    `parameters` are all_plain, and fits_heads holds; without the last two there is no Linear at the end.
+    `parameters` are all_plain; without the last two there is no Linear at the end.
     """
+    if not fits_heads(x, len(parameters[2]), heads):
+        return None
     if needs_grad(x, *parameters):
         if not parameters[4:] or min(x.shape[1:]) < 2 or dtype == torch.float16:
             return None

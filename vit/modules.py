@@ -72,8 +72,6 @@ class FusedAttention(_Packs, Attention):
         dropout = modules.get("dropout")
         if not all_bare(kinds, leaves) or attend.dim != -1 or not (dropout is None or idle(dropout)):
             return None
-        if not fits_heads(x, to_qkv.out_features, self.heads):
-            return None
         return all_plain(x, norm, *chain.from_iterable(map(parameters_of, linears)))
 
     def directly(self, x, norm, dtype):
@@ -85,6 +83,8 @@ class FusedAttention(_Packs, Attention):
 
     def compiled(self, x, norm, parameters):
         """The block of kernels/compiled.py that is this one, with these `parts`; None if there is none."""
+        if not fits_heads(x, len(parameters[2]), self.heads):
+            return None
         return compiled_attention(x, *parameters, heads=self.heads, scale=self.scale, eps=norm.eps)
 
     def _only_softmax(self):

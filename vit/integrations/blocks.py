@@ -14,7 +14,7 @@ from torch.fx import Proxy
 from ...kernels import attention, qkv_attention
 from ...kernels.blocks import dtype_of_block
 from .. import record
-from ..at_once import PLAIN_TENSORS, all_plain, attention_at_once, feed_forward_at_once, fits_heads, parameters_of
+from ..at_once import PLAIN_TENSORS, all_plain, attention_at_once, feed_forward_at_once, parameters_of
 from ..known import QUICK_GELUS, gelu_of
 from ..modules import _Packs, apply, idle, is_bare_norm, merged, untouched
 from ..notes import NOT_MERGED, note
@@ -70,14 +70,12 @@ def attend(module, q, k, v, scale):
     return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
-def attend_at_once(x, norm, qkv, out, heads, scale):
+def attend_at_once(x, norm, linears, heads, scale):
     """Linear(attention(Linear(norm(x)))), x (B,N,C), in one step; None where that is not surely the same.
 
-    qkv and out are (weight, bias), or None.
+    linears() gives (weight, bias) of both, or None for one; it is not called where there is no such step, as on a GPU.
     """
-    if record.active or not qkv or qkv[0] is None or not fits_heads(x, len(qkv[0]), heads):
-        return None
-    return _at_once(attention_at_once, x, norm, qkv, out, heads=heads, scale=scale)
+    return None if record.active else _at_once(attention_at_once, x, norm, linears, heads=heads, scale=scale)
 
 
 def lone_linear(*layers):
@@ -91,11 +89,11 @@ def lone_linear(*layers):
     return found
 
 
-def _at_once(block, x, norm, *linears, **how):
+def _at_once(block, x, norm, linears, **how):
     dtype = dtype_of_block(x)
-    if dtype is None or not all(linears) or not is_bare_norm(norm):
+    if dtype is None or not is_bare_norm(norm) or not all(found := linears()):
         return None
-    parameters = all_plain(x, norm, *chain.from_iterable(linears))
+    parameters = all_plain(x, norm, *chain.from_iterable(found))
     return None if parameters is None else block(x, parameters, eps=norm.eps, dtype=dtype, **how)
 
 
@@ -116,7 +114,7 @@ def feed_forward(module, x, norm, layers):
     first, act, *rest = layers
     kind = gelu_of(act) if untouched(act, type(act)) else None
     if kind is not None:
-        y = _at_once(feed_forward_at_once, x, norm, lone_linear(first), lone_linear(*rest), activation=kind)
+        y = _at_once(feed_forward_at_once, x, norm, lambda: (lone_linear(first), lone_linear(*rest)), activation=kind)
         if y is not None:
             return y
     x = project(module, x, norm, first, kind)

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...kernels.direct import linear
+from ..at_once import PLAIN_TENSORS
 from ..forms import Form, drops, unlike_heads
 from ..known import name_of
-from ..modules import PLAIN_TENSORS, merged_with, untouched
+from ..modules import merged_with, untouched
 from ..notes import NOT_MERGED, note
 from .blocks import TakesNorm, attend_at_once, attend_packed, not_plain
 
@@ -59,7 +60,8 @@ class FusedMultiheadAttention(TakesNorm):
         qkv, scale = None, self.head_dim**-0.5
         if norm is not None:
             if self.batch_first:
-                y = attend_at_once(x, norm, (weight, bias), (out_weight, out_bias), self.num_heads, scale)
+                linears = (weight, bias), (out_weight, out_bias)
+                y = attend_at_once(x, norm, lambda: linears, self.num_heads, scale)
                 if y is not None:
                     return y
             qkv = merged_with(x, norm, weight, bias)

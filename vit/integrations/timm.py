@@ -49,8 +49,7 @@ class FusedAttention(TakesNorm):
         q_norm, k_norm = self.q_norm, self.k_norm
         packed = untouched(q_norm, nn.Identity) and untouched(k_norm, nn.Identity)
         if packed and gate is None:
-            out = lone_linear(self.norm, self.proj, self.proj_drop)
-            y = attend_at_once(x, norm, lone_linear(self.qkv), out, self.num_heads, self.scale)
+            y = attend_at_once(x, norm, self._linears, self.num_heads, self.scale)
             if y is not None:
                 return y
         qkv = project(self, x, norm, self.qkv)
@@ -64,6 +63,9 @@ class FusedAttention(TakesNorm):
         if gate is not None:
             x = x * gate
         return apply(self.proj_drop, apply(self.proj, x))
+
+    def _linears(self):
+        return lone_linear(self.qkv), lone_linear(self.norm, self.proj, self.proj_drop)
 
 
 class FusedMlp(TakesNorm):

@@ -43,15 +43,17 @@ class FusedNormAttention(Fused):
         elif dropout is not None and not idle(dropout):
             why = "dropout drops, or has a hook"
         else:
-            to_out = self.to_out if untouched(self.to_out, nn.Sequential) else (self.to_out,)
-            out = lone_linear(*to_out)
-            y = attend_at_once(x, self.norm, lone_linear(self.to_qkv), out, self.heads, self.scale)
+            y = attend_at_once(x, self.norm, self._linears, self.heads, self.scale)
             if y is not None:
                 return y
             qkv = project(self, x, self.norm, self.to_qkv)
             return apply(self.to_out, attend_packed(self, qkv, self.heads, self.scale))
         note(self, why)
         return self.plain.forward(self, x)
+
+    def _linears(self):
+        to_out = self.to_out if untouched(self.to_out, nn.Sequential) else (self.to_out,)
+        return lone_linear(self.to_qkv), lone_linear(*to_out)
 
 
 class FusedNormFeedForward(Fused):
