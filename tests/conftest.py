@@ -91,6 +91,14 @@ def unguarded():
     """Turns the guards off for a test: for peak memory, or memory too sparse for their ledgers."""
 
 
+@pytest.fixture
+def as_library(request):
+    """Allocations of the test's file are guarded as the library's are."""
+    guards.LIBRARY.add(request.module.__name__)
+    yield
+    guards.LIBRARY.remove(request.module.__name__)
+
+
 @pytest.fixture(autouse=True)
 def launch_log(request):
     """The kernel launches of this test so far, each a guards.Launch; empty on a GPU. Turns the guards on."""

@@ -56,3 +56,8 @@ def called(module, *args):
     with use_backend("native"), torch.no_grad(), _Calls() as calls:
         module(*args)
     return {name: calls.names[name] for name in OPERATORS if name in calls.names}
+
+
+def plain_reasons(explanation):
+    """Which fused blocks went the plain way, by name, and why."""
+    return {block.name: block.reason for block in explanation.plain}

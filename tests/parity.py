@@ -9,6 +9,7 @@ from dataclasses import replace
 import guards
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vitriton.kernels import compiled, reference, use_backend
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -166,3 +167,16 @@ def assert_same_bits(one, other):
         as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
         unequal = a.contiguous().view(as_int) != b.contiguous().view(as_int)
         assert not unequal.any(), f"{name}: {unequal.sum()} of {a.numel()} differ, by up to {(a - b).abs().max():.3g}"
+
+
+class OperatorLog(TorchDispatchMode):
+    """Names of the operators of this library that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vitriton":
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Does the suite notice? Plants each bug of planted_bugs.py in a copy of the package and demands that a test fails.
+"""Does the suite notice? Plants each bug of planted_in_*.py in a copy of the package and demands that a test fails.
 
 A few bugs are planted always, all with `-m slow`, some seven seconds each. A bug counts as noticed only if the copy
 still imports and what fails is an assertion or a guard, not an error in passing.
@@ -15,10 +15,14 @@ import guards
 import pytest
 import vitriton.kernels
 import vitriton.vit
-from planted_bugs import BUGS, Bug, Stale
+from planted_bugs import Bug, Stale
+from planted_in_attention import BACKWARD, BACKWARD_OF_A_HEAD, FORWARD
+from planted_in_layer_norm_linear import LAYER_NORM_LINEAR
+from planted_in_shared import SHARED
 
 pytestmark = pytest.mark.skipif(not guards.interpreting(), reason="the tests that notice run in the interpreter")
 
+BUGS = FORWARD + BACKWARD + BACKWARD_OF_A_HEAD + LAYER_NORM_LINEAR + SHARED
 HERE = Path(__file__).parent
 KERNELS = Path(vitriton.kernels.__file__).parent
 VIT = Path(vitriton.vit.__file__).parent
